@@ -1,0 +1,125 @@
+"""Files that are either whole or absent, and say so when they are not.
+
+Tensors go into safetensors files, whose header carries JSON metadata; results go into JSON files that hold their own checksum.
+Both are written to a temporary file, flushed to the disk and renamed, so an interruption leaves the old file or the new one.
+Nothing is ever unpickled.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+METADATA_KEY = "srlib"
+
+
+class CheckpointError(ValueError):
+    """A file that is missing, truncated, edited, or not one of ours."""
+
+
+def atomic_write(path: str | os.PathLike[str], content: bytes) -> None:
+    """Write `content` to `path`, whose folder must exist, so that nobody ever sees a part of it."""
+    path = Path(path)
+    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
+    try:
+        with os.fdopen(descriptor, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(temporary, 0o644)  # mkstemp makes it private; a result is to be read by everybody
+        os.replace(temporary, path)
+    except BaseException:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(temporary)
+        raise
+    _flush_folder(path.parent)
+
+
+def _flush_folder(folder: Path) -> None:
+    """Make a rename survive a power cut; systems that cannot open a folder (Windows) do it by themselves."""
+    with contextlib.suppress(OSError):
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def save(path: str | os.PathLike[str], tensors: dict[str, Tensor], metadata: dict[str, Any]) -> None:
+    """Save named tensors (any device, shape and dtype) and JSON-serialisable `metadata` to the safetensors file `path`."""
+    from safetensors.torch import save as to_bytes
+
+    whole = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    atomic_write(path, to_bytes(whole, metadata={METADATA_KEY: json.dumps(metadata, sort_keys=True)}))
+
+
+def load(path: str | os.PathLike[str], device: str = "cpu") -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The tensors, on `device`, and the metadata that `save` wrote to `path`.
+
+    Raises:
+        CheckpointError: the file is missing, truncated, or was not written by `save`.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="pt", device=device) as file:
+            header = file.metadata() or {}
+            if METADATA_KEY not in header:
+                raise CheckpointError(f"{path} has no srlib metadata: it was not written by srlib.checkpoints.save")
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
+            return tensors, json.loads(header[METADATA_KEY])
+    except FileNotFoundError:
+        raise CheckpointError(f"there is no checkpoint {path}") from None
+    except (SafetensorError, OSError, json.JSONDecodeError) as error:
+        raise CheckpointError(f"{path} is truncated or no checkpoint ({error}); delete it and run again") from error
+
+
+def checksum(payload: dict[str, Any]) -> str:
+    """The sha256 of the canonical JSON of `payload`, in hexadecimal, whatever the order of its keys."""
+    text = json.dumps(payload, sort_keys=True, separators=(",", ":"), allow_nan=False)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def write_json(path: str | os.PathLike[str], payload: dict[str, Any]) -> None:
+    """Write `payload` and its `checksum` to the JSON file `path`.
+
+    Raises:
+        CheckpointError: `payload` has a key "checksum", or holds what JSON cannot (a nan or infinity, a tensor, a key that is no string).
+    """
+    if "checksum" in payload:
+        raise CheckpointError(f'{path}: the key "checksum" is reserved')
+    try:
+        # Through JSON and back, so that what is hashed is what a reader will find (tuples become lists, int keys strings).
+        plain = json.loads(json.dumps(payload, allow_nan=False))
+    except (TypeError, ValueError) as error:
+        raise CheckpointError(f"{path}: this cannot be written as JSON ({error})") from error
+    text = json.dumps({**plain, "checksum": checksum(plain)}, indent=1, ensure_ascii=False, allow_nan=False)
+    atomic_write(path, (text + "\n").encode())
+
+
+def read_json(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """What `write_json` wrote to `path`, "checksum" included.
+
+    Raises:
+        CheckpointError: the file is missing, no JSON, or differs from what was written.
+    """
+    try:
+        found = json.loads(Path(path).read_text(encoding="utf-8"))
+        payload = {key: value for key, value in found.items() if key != "checksum"}
+        expected = found.get("checksum")
+        actual = checksum(payload)
+    except FileNotFoundError:
+        raise CheckpointError(f"there is no result {path}; run what makes it") from None
+    except (OSError, ValueError, AttributeError) as error:
+        raise CheckpointError(f"{path} is truncated or not JSON ({error}); delete it and run again") from error
+    if expected != actual:
+        raise CheckpointError(f"{path} was edited: its checksum does not match what is in it; delete it and run again")
+    return found

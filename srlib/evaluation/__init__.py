@@ -1,0 +1,1 @@
+"""Scores of learned systems, each with the number of images behind it."""

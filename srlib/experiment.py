@@ -1,0 +1,241 @@
+"""An experiment: a configuration in, a run directory out.
+
+    python -m srlib.experiment CONFIG.yaml --output DIR
+
+DIR then holds config.yaml, model.safetensors (the trained system), history.json, metrics.json (scores, configuration and
+provenance, sealed with a checksum) and, while training lasts, what is needed to go on after a kill.
+"""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import MISSING, asdict, dataclass, fields
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import torch
+import yaml
+
+from . import checkpoints, provenance
+from .data import Dataset, Split, load, to_unit_range
+from .evaluation.reconstruction import recognised, reconstructions, squared_error
+from .generators import TopDownGenerator
+from .langevin import noise_scale_from_step_size
+from .learning import ShortRun
+from .system import System
+from .training import TrainingPlan
+
+EvaluationSplit = Literal["test", "validation"]
+
+
+@dataclass(frozen=True)
+class Config:
+    """One training run. `step_size` is the s of Eq. (10); learning rates are used in equal parts of the training."""
+
+    name: str
+    system: str = "short_run"
+    dataset: str = "digits"
+    seed: int = 0
+    latent_dims: tuple[int, ...] = (8, 16, 32)
+    channels: int = 16
+    feature_size: int = 7
+    n_steps: int = 25
+    step_size: float = 1.25e-3
+    sigma: float = 0.15
+    sigma_start: float = 0.6
+    anneal_fraction: float = 0.5
+    n_updates: int = 1500
+    batch_size: int = 64
+    learning_rates: tuple[float, ...] = (1e-3, 5e-4, 1e-4)
+    betas: tuple[float, float] = (0.9, 0.999)
+    evaluation_split: EvaluationSplit = "test"
+    device: str = "auto"
+
+    def __post_init__(self) -> None:
+        if self.system not in SYSTEMS:
+            raise ValueError(f"system={self.system!r} is unknown; there are: {', '.join(SYSTEMS)}")
+        if self.evaluation_split not in get_args(EvaluationSplit):
+            raise ValueError(f"evaluation_split={self.evaluation_split!r} must be one of {get_args(EvaluationSplit)}")
+        if isinstance(self.seed, bool) or not isinstance(self.seed, int) or not 0 <= self.seed < 2**32:
+            raise ValueError(f"seed={self.seed!r} must be a whole number from 0 to 2^32 - 1")
+        self.plan()
+
+    @classmethod
+    def from_dict(cls, given: Mapping[str, Any]) -> Config:
+        """A configuration from a mapping, as YAML holds it. Raises ValueError for unknown, missing or unfit entries."""
+        known = {f.name: f for f in fields(cls)}
+        for key in given:
+            if key not in known:
+                near = difflib.get_close_matches(str(key), known, 1)
+                hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(known)}"
+                raise ValueError(f"unknown configuration entry {key!r}; {hint}")
+        missing = [name for name, f in known.items() if f.default is MISSING and name not in given]
+        if missing:
+            raise ValueError(f"the configuration lacks {', '.join(missing)}")
+        return cls(**{key: _converted(key, value, known[key].default) for key, value in given.items()})
+
+    @classmethod
+    def from_yaml(cls, path: Path | str) -> Config:
+        """A configuration from a YAML file; errors name the file."""
+        try:
+            given = yaml.safe_load(Path(path).read_text())
+            if not isinstance(given, dict):
+                raise ValueError("it must be a mapping of names to values")
+            return cls.from_dict(given)
+        except (ValueError, yaml.YAMLError, UnicodeDecodeError) as error:
+            raise ValueError(f"{path}: {error}") from error
+
+    def plan(self) -> TrainingPlan:
+        return TrainingPlan(self.n_updates, self.batch_size, self.learning_rates, self.betas)
+
+    def build(self, image_shape: tuple[int, int, int]) -> System:
+        """The untrained system; its first weights depend on `seed` alone."""
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(_stream(self.seed, 0))
+            return SYSTEMS[self.system](self, image_shape)
+
+    def torch_device(self) -> torch.device:
+        if self.device == "auto":
+            return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        return torch.device(self.device)
+
+
+def _short_run(config: Config, image_shape: tuple[int, int, int]) -> ShortRun:
+    generator = TopDownGenerator(config.latent_dims, image_shape, config.channels, config.feature_size)
+    return ShortRun(
+        generator, config.n_steps, config.step_size, config.sigma, config.sigma_start, config.anneal_fraction
+    )
+
+
+SYSTEMS: dict[str, Callable[[Config, tuple[int, int, int]], System]] = {"short_run": _short_run}
+
+
+def run(config: Config, output: Path | str, progress: bool = True) -> dict[str, Any]:
+    """Train and evaluate what `config` says, write the run directory `output`, return its metrics.
+
+    Raises ValueError if `output` holds a run with another configuration, `DatasetUnavailable` if the images are not on
+    this machine. Called again after an interruption it goes on; called again after the end it starts anew.
+    """
+    output, started = Path(output), time.monotonic()
+    dataset = load(config.dataset)
+    system = config.build(dataset.image_shape).to(config.torch_device())
+    output.mkdir(parents=True, exist_ok=True)
+    _claim(output, config)
+    (output / "metrics.json").unlink(missing_ok=True)
+
+    rng = torch.Generator().manual_seed(_stream(config.seed, 1))
+    history = system.fit(dataset.train.images, config.plan(), rng, output, progress)
+    trained = time.monotonic()
+    system.fit_aggregate(dataset.train.images[:5000], rng=rng)
+    checkpoints.write_json(output / "history.json", {"history": history})
+    checkpoints.save(output / "model.safetensors", system.state_dict(), {"config": asdict(config)})
+
+    modules = provenance.imported_modules(["srlib.experiment"])
+    metrics = {
+        "config": asdict(config),
+        "scores": evaluate(system, dataset, config.evaluation_split, config.seed),
+        "data": {"name": dataset.name, "fingerprint": dataset.fingerprint, "n_train": len(dataset.train.images)},
+        "seconds": {"training": trained - started, "all": time.monotonic() - started},
+        "environment": provenance.environment(),
+        "source_hash": provenance.source_hash(modules),
+        "modules": modules,
+    }
+    checkpoints.write_json(output / "metrics.json", metrics)
+    return metrics
+
+
+def evaluate(system: System, dataset: Dataset, split: EvaluationSplit, seed: int) -> dict[str, Any]:
+    """The scores of a trained system on one split: per-pixel MSE on [-1, 1] and, with labels, recognition."""
+    held_out: Split = getattr(dataset, split)
+    rng = torch.Generator().manual_seed(_stream(seed, 2))
+    images, reconstructed = to_unit_range(held_out.images), reconstructions(system, held_out.images, rng)
+    errors = squared_error(images, reconstructed)
+    scores: dict[str, Any] = {
+        "split": split,
+        "n_images": len(errors),
+        "mse": errors.mean().item(),
+        "mse_standard_error": errors.std().item() / len(errors) ** 0.5,
+    }
+    if isinstance(system, ShortRun):
+        scores["step_size"] = system.step_size.item()
+        scores["noise_scale"] = noise_scale_from_step_size(system.step_size.item())
+    if held_out.labels is not None:
+        train = to_unit_range(dataset.train.images), dataset.train.labels
+        scores["recognised_originals"] = recognised(*train, images, held_out.labels)[1]
+        scores["recognised_reconstructions"] = recognised(*train, reconstructed, held_out.labels)[1]
+    return scores
+
+
+def load_run(directory: Path | str, device: str = "cpu") -> tuple[System, dict[str, Any], dict[str, list[float]]]:
+    """The trained system, the metrics and the history of a finished run, their checksums verified."""
+    directory = Path(directory)
+    metrics = checkpoints.read_json(directory / "metrics.json")
+    history = checkpoints.read_json(directory / "history.json")["history"]
+    tensors, saved = checkpoints.load(directory / "model.safetensors", device)
+    config = Config.from_dict(saved["config"])
+    system = config.build(tuple(load(config.dataset).image_shape)).to(device)
+    system.load_state_dict(tensors)
+    return system, metrics, history
+
+
+def _claim(output: Path, config: Config) -> None:
+    """Write config.yaml, unless the directory belongs to a run with another configuration."""
+    path, text = output / "config.yaml", yaml.safe_dump(_plain(asdict(config)), sort_keys=False)
+    if path.exists() and Config.from_yaml(path) != config:
+        raise ValueError(f"{output} holds a run with another configuration; choose another --output or remove it")
+    checkpoints.atomic_write(path, text.encode())
+
+
+def _plain(config: dict[str, Any]) -> dict[str, Any]:
+    return {key: list(value) if isinstance(value, tuple) else value for key, value in config.items()}
+
+
+def _stream(seed: int, purpose: int) -> int:
+    """Independent seeds for the weights (0), the training (1) and the evaluation (2) of one run."""
+    return seed * 1000 + purpose
+
+
+def _converted(key: str, value: Any, default: Any) -> Any:
+    """value in the type of the entry's default. YAML reads 1e-3 as text and lists where tuples are meant."""
+    kind = str if default is MISSING else type(default)
+    item = type(default[0]) if kind is tuple else kind
+    try:
+        if kind is tuple:
+            if not isinstance(value, (list, tuple)):
+                raise ValueError
+            return tuple(_number(v, item) for v in value)
+        return _number(value, item) if item in (int, float) else _text(value)
+    except (TypeError, ValueError):
+        wanted = f"a list of {item.__name__}" if kind is tuple else kind.__name__
+        raise ValueError(f"{key}={value!r} must be {wanted}") from None
+
+
+def _number(value: Any, kind: type) -> Any:
+    if isinstance(value, bool) or (kind is int and not isinstance(value, int)):
+        raise ValueError
+    return kind(value)
+
+
+def _text(value: Any) -> str:
+    if not isinstance(value, str):
+        raise ValueError
+    return value
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m srlib.experiment", description="Train and evaluate one system.")
+    parser.add_argument("config", type=Path, help="YAML file with the entries of srlib.experiment.Config")
+    parser.add_argument("--output", type=Path, required=True, help="run directory to write")
+    given = parser.parse_args(arguments)
+    try:
+        metrics = run(Config.from_yaml(given.config), given.output)
+    except (ValueError, OSError) as error:
+        parser.exit(2, f"{parser.prog}: {error}\n")
+    print(yaml.safe_dump(metrics["scores"], sort_keys=False), end="")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,162 @@
+"""Short run MCMC: K steps of Langevin dynamics from noise.
+
+    e_0 ~ p(e),    e_{k+1} = e_k + s_k score(e_k) + sqrt(2 s_k) eps_k,    k = 0, ..., K - 1        Eqs. (10)-(12)
+
+(Eqs. (10) and (11) of the paper count k = 1, ..., K while they start at z_0; K steps are meant.)
+
+Two step-size conventions are in use. `step_size` is always the s of Eq. (10). The authors' released script writes
+e + (delta^2 / 2) score + delta eps instead, so that s = delta^2 / 2; delta is called the noise scale here.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from .generators import randn_like
+from .posterior import Posterior
+
+# A state whose root mean square is this many standard deviations of the prior has left every posterior worth the name.
+DIVERGED_RMS = 1e3
+
+
+class DivergenceError(ArithmeticError):
+    """A chain left all bounds. The message names the step, the step size, and a smaller one to try."""
+
+
+@dataclass(frozen=True)
+class Chain:
+    """What `short_run` returns.
+
+    final, initial : e_K and e_0, [n, d].
+    step_size : s, broadcastable to [K, n, d].
+    n_steps : K.
+    trajectory : e_0, ..., e_K as [K + 1, n, d] where it was asked for, else None.
+    noise : eps_0, ..., eps_{K-1} as [K, n, d]: as given, or drawn again from the random state that the chain started
+        with, so that a chain in training need not hold on to it. None for a deterministic chain.
+    """
+
+    final: Tensor
+    initial: Tensor
+    step_size: Tensor
+    n_steps: int
+    trajectory: Tensor | None
+    _noise: Tensor | None = field(repr=False)
+    _rng: torch.Generator | None = field(repr=False)
+
+    @property
+    def noise(self) -> Tensor | None:
+        if self._rng is None:
+            return self._noise
+        rng = self._rng.clone_state()
+        return torch.stack([randn_like(self.initial, rng) for _ in range(self.n_steps)])
+
+
+def short_run(
+    posterior: Posterior,
+    n_steps: int = 25,
+    step_size: float | Tensor = 1.25e-3,
+    initial: Tensor | None = None,
+    noise: Tensor | None = None,
+    deterministic: bool = False,
+    rng: torch.Generator | None = None,
+    keep_trajectory: bool = False,
+    chunk_size: int | None = None,
+) -> Chain:
+    """Noise-initialised short run inference of Eqs. (10)-(12), for all n images of `posterior` at once.
+
+    Parameters
+    ----------
+    n_steps : K.
+    step_size : s of Eq. (10): a number, or a tensor broadcastable to [K, n, d] ([K, 1, 1] one per step, [d] one per
+        latent, [n, 1] one per image).
+    initial : e_0 [n, d]; None draws it from the prior, as the paper always does.
+    noise : eps [K, n, d]; None draws it from `rng`.
+    deterministic : leave the noise term out (gradient ascent on log p(e | x)).
+    rng : source of e_0 and eps, in this order; a CPU generator gives the same bits on every device. None: seeded from
+        torch's global state.
+    keep_trajectory : also return all states.
+    chunk_size : images per gradient evaluation; bounds memory, draws the same random numbers.
+
+    The chain is differentiable with respect to `step_size` and `initial` if they require gradients; otherwise nothing of
+    one step is kept for the next. The generator's parameters are frozen throughout.
+
+    Raises ValueError for arguments that do not fit, `DivergenceError` for a chain that left all bounds.
+    """
+    if isinstance(n_steps, bool) or not isinstance(n_steps, int) or n_steps < 1:
+        raise ValueError(f"n_steps={n_steps}: a short run takes a whole number of steps, at least 1")
+    if deterministic and noise is not None:
+        raise ValueError("noise was given for a deterministic chain; leave out one of the two")
+    if rng is None:
+        rng = torch.Generator().manual_seed(int(torch.randint(2**62, ())))
+    e = posterior.generator.sample_prior(len(posterior), rng) if initial is None else initial
+    shape = (n_steps, *posterior.validated(e).shape)
+    s = validated_step_size(step_size, shape, e)
+    if noise is not None and noise.shape != shape:
+        raise ValueError(f"noise has shape {tuple(noise.shape)}, this chain needs {shape}")
+    rng_before_noise = None if deterministic or noise is not None else rng.clone_state()
+
+    start, trajectory = e, [e]
+    differentiable = torch.is_grad_enabled() and (s.requires_grad or e.requires_grad)
+    bounded_steps = torch.zeros((), dtype=torch.int64, device=e.device)
+    for k, s_k in enumerate(s.expand(shape)):
+        e = e + s_k * posterior.score(e, create_graph=differentiable, chunk_size=chunk_size)
+        if not deterministic:
+            e = e + (2 * s_k).sqrt() * (randn_like(start, rng) if noise is None else noise[k])
+        # counted on the device and looked at once, after the loop: a look at every step would stall a GPU
+        bounded_steps += (e.detach().square().mean(1) < DIVERGED_RMS**2).all() & (bounded_steps == k)
+        if keep_trajectory:
+            trajectory.append(e)
+    if not e.is_meta and bounded_steps < n_steps:
+        raise _divergence(int(bounded_steps), s.expand(shape))
+    kept = torch.stack(trajectory) if keep_trajectory else None
+    return Chain(e, start, s, n_steps, kept, noise, rng_before_noise)
+
+
+def step_size_from_noise_scale(noise_scale: float) -> float:
+    """s of Eq. (10) from the delta of the authors' script: s = delta^2 / 2, so 0.05 gives 0.00125."""
+    if not 0 < noise_scale < math.inf:
+        raise ValueError(f"noise_scale={noise_scale} must be positive and finite")
+    return noise_scale**2 / 2
+
+
+def noise_scale_from_step_size(step_size: float) -> float:
+    """delta = sqrt(2 s), the inverse of `step_size_from_noise_scale`."""
+    if not 0 < step_size < math.inf:
+        raise ValueError(f"step_size={step_size} must be positive and finite")
+    return math.sqrt(2 * step_size)
+
+
+def geometric_step_sizes(first: float, last: float, n_steps: int) -> Tensor:
+    """A schedule s_0 = first, ..., s_{K-1} = last with a constant ratio: [K, 1, 1], float64, ready for `short_run`."""
+    if not (0 < first < math.inf and 0 < last < math.inf) or n_steps < 1:
+        raise ValueError(f"first={first}, last={last} must be positive and finite, n_steps={n_steps} at least 1")
+    return torch.logspace(math.log10(first), math.log10(last), n_steps, dtype=torch.float64)[:, None, None]
+
+
+def validated_step_size(step_size: float | Tensor, shape: tuple[int, ...], e: Tensor) -> Tensor:
+    """step_size as a tensor like e, if it is positive and broadcasts to shape [K, n, d]; a ValueError otherwise."""
+    s = torch.as_tensor(step_size, dtype=e.dtype, device=e.device)
+    try:
+        fits = torch.broadcast_shapes(s.shape, shape) == shape
+    except RuntimeError:
+        fits = False
+    if not fits:
+        raise ValueError(
+            f"step_size has shape {tuple(s.shape)}, which does not broadcast to [K, n, d] = {list(shape)}; "
+            f"one per step is [{shape[0]}, 1, 1], one per latent [{shape[2]}]"
+        )
+    if not s.is_meta and not ((s > 0) & (s < math.inf)).all():
+        raise ValueError(f"step_size={step_size} must be positive and finite; a usual value is 1.25e-3")
+    return s
+
+
+def _divergence(step: int, step_sizes: Tensor) -> DivergenceError:
+    s = step_sizes[step].max().item()
+    return DivergenceError(
+        f"the chain diverged at step {step} of {len(step_sizes)} with step size {s:.3g} (noise scale "
+        f"{math.sqrt(2 * s):.3g}); try {s / 10:.1g}. The s of Eq. (10) is the square of the authors' step size over 2."
+    )

@@ -1,0 +1,126 @@
+"""Algorithm 1: learning with short run MCMC.
+
+    for t = 0, ..., T - 1:                                                                         Algorithm 1
+        1. draw observed examples x_1, ..., x_m
+        2. draw latents e_{i,0} ~ p(e)
+        3. infer e_{i,K} by K steps of Eq. (10) with step size s
+        4. update theta by the gradient of (1/m) sum_i log p_theta(x_i, e_{i,K})                   Eq. (21)
+        5. every T_s iterations, update s by minimising Eq. (20)
+
+At the fixed point the expectation of that gradient under q_s vanishes (Eq. 26): a perturbation of the maximum likelihood
+equation, in which the posterior stands in the place of q_s.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from .generators import Generator
+from .langevin import short_run
+from .posterior import Posterior
+from .system import System
+from .training import History, TrainingLoop, TrainingPlan
+
+# Reconstructions that vary this little, relative to the images, come from a generator that ignores its latents.
+COLLAPSED_SPREAD = 0.01
+
+# Given the posterior of the current batch, the step size s and a random generator: the new s.
+StepSizeUpdate = Callable[[Posterior, Tensor, torch.Generator], Tensor]
+
+
+class ShortRun(System):
+    """The paper's system: a top-down generator and noise-initialised short run inference.
+
+    Parameters
+    ----------
+    n_steps : K.
+    step_size : s of Eq. (10) once sigma has arrived at its final value.
+    sigma : final standard deviation of the pixel noise.
+    sigma_start, anneal_fraction : sigma goes geometrically from sigma_start to sigma over the first `anneal_fraction` of
+        training ("sigma is gradually annealed to 0.15", section 7.1). The stiffness of the posterior grows as
+        1 / sigma^2, so s follows sigma^2.
+    update_step_size, every : line 5 of Algorithm 1, called every T_s = `every` updates; None keeps s fixed.
+    """
+
+    def __init__(
+        self,
+        generator: Generator,
+        n_steps: int = 25,
+        step_size: float = 1.25e-3,
+        sigma: float = 0.15,
+        sigma_start: float | None = None,
+        anneal_fraction: float = 0.5,
+        update_step_size: StepSizeUpdate | None = None,
+        every: int = 100,
+    ) -> None:
+        super().__init__(generator)
+        self.n_steps, self.sigma = n_steps, sigma
+        self.sigma_start = sigma if sigma_start is None else sigma_start
+        self.anneal_fraction = anneal_fraction
+        self.update_step_size, self.every = update_step_size, every
+        if not 0 < sigma <= self.sigma_start:
+            raise ValueError(f"sigma={sigma} must be positive and not above sigma_start={sigma_start}")
+        if not 0 <= anneal_fraction <= 1:
+            raise ValueError(f"anneal_fraction={anneal_fraction} must lie in [0, 1]")
+        if every < 1:
+            raise ValueError(f"every={every}: the step size is updated every 1, 2, ... iterations")
+        if not step_size > 0:
+            raise ValueError(f"step_size={step_size} must be positive; a usual value is 1.25e-3")
+        self.register_buffer("step_size", torch.tensor(float(step_size)))
+
+    def fit(
+        self,
+        images: Tensor,
+        plan: TrainingPlan,
+        rng: torch.Generator | None = None,
+        directory: Path | None = None,
+        progress: bool = True,
+    ) -> History:
+        """Algorithm 1 on training images [n, C, H, W]; arguments as in `TrainingLoop`.
+
+        Returns the history, one number for each update: loss (the negative of Eq. 22's objective, per image), step_size,
+        sigma, mse (per pixel, on [-1, 1]) and spread (how much the reconstructions vary over a batch, 1 = as the images).
+        Warns if the generator has collapsed to a constant image.
+        """
+        rng = rng or torch.Generator().manual_seed(int(torch.randint(2**62, ())))
+        loop = TrainingLoop(self, images, plan, rng, directory, progress=progress)
+        for t, x, _ in loop:  # 1. draw observed examples
+            sigma = self.sigma_at(t / plan.n_updates)
+            s = self.step_size * (sigma / self.sigma) ** 2
+            posterior = Posterior(self.generator, x, sigma)
+            initial = self.generator.sample_prior(len(x), rng)  # 2. draw latents from the prior
+            inferred = short_run(posterior, self.n_steps, s, initial, rng=rng).final  # 3. K steps of Eq. (10)
+            residual = posterior.residual(inferred)
+            loss = -posterior.log_joint(inferred, residual).mean()  # 4. update theta by Eq. (21)
+            spread = (x - residual).detach().std(0).mean() / x.std(0).mean()
+            loop.update(loss, step_size=s, sigma=sigma, mse=residual.detach().square().mean(), spread=spread)
+            if self.update_step_size is not None and (t + 1) % self.every == 0:  # 5. update s by Eq. (20)
+                self.step_size.copy_(self.update_step_size(posterior, s, rng) * (self.sigma / sigma) ** 2)
+        return _without_collapse(loop.finish())
+
+    def infer(self, x: Tensor, mask: Tensor | None = None, rng: torch.Generator | None = None) -> Tensor:
+        """Latents e_K [n, d] of one short run from noise, with the learned step size and the final sigma."""
+        return short_run(Posterior(self.generator, x, self.sigma, mask), self.n_steps, self.step_size, rng=rng).final
+
+    def sigma_at(self, progress: float) -> float:
+        """sigma when the fraction `progress` in [0, 1] of training is done."""
+        if progress >= self.anneal_fraction:
+            return self.sigma
+        return self.sigma_start * (self.sigma / self.sigma_start) ** (progress / self.anneal_fraction)
+
+
+def _without_collapse(history: History) -> History:
+    recent = history["spread"][-100:]
+    if sum(recent) / len(recent) < COLLAPSED_SPREAD:
+        warnings.warn(
+            f"the generator has collapsed: over the last {len(recent)} updates its images vary {max(recent):.1e} times as "
+            "much as the training images; try a smaller learning rate, a larger sigma_start or fewer layers",
+            RuntimeWarning,
+            stacklevel=3,
+        )
+    return history

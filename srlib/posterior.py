@@ -1,0 +1,150 @@
+"""The posterior of a generator's latents given an image.
+
+    log p(x, e) = -|e|^2 / 2 - |m * (x - g(e))|^2 / (2 sigma^2) + const                            Eqs. (1)-(3)
+    score(e)    = d/de log p(e | x) = -e + J(e)' m * (x - g(e)) / sigma^2,      J = dg/de          Eq. (9)
+
+m is the mask of section 5.3: 1 where a pixel is observed. The normalising constants are kept, because sigma changes in
+training and the objective of Eq. (19) must stay comparable.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from .generators import Generator
+
+
+@contextmanager
+def frozen(module: nn.Module) -> Iterator[None]:
+    """Inside, no parameter of `module` asks for gradients: inference stores nothing for them, which is also faster."""
+    trainable = [p for p in module.parameters() if p.requires_grad]
+    for p in trainable:
+        p.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for p in trainable:
+            p.requires_grad_(True)
+
+
+class Posterior:
+    """p(e | x) for n images at once: Eqs. (1)-(3), with the mask of section 5.3.
+
+    Parameters
+    ----------
+    generator : g_theta, with parameters of the same dtype and device as x.
+    x : images [n, C, H, W] in [-1, 1].
+    sigma : standard deviation of the pixel noise.
+    mask : 1 = observed pixel, 0 = hidden; broadcastable to x. None: all pixels are observed. Hidden pixels of x may hold
+        anything, NaN included.
+    """
+
+    def __init__(self, generator: Generator, x: Tensor, sigma: float, mask: Tensor | None = None) -> None:
+        if x.ndim != 4 or tuple(x.shape[1:]) != generator.image_shape:
+            raise ValueError(
+                f"x has shape {tuple(x.shape)}, the generator makes [n, {', '.join(map(str, generator.image_shape))}]"
+            )
+        if not x.is_floating_point():
+            raise ValueError(f"x has dtype {x.dtype}; scale it to [-1, 1] as floats (srlib.to_unit_range does)")
+        if not 0 < sigma < math.inf:
+            raise ValueError(f"sigma={sigma} must be positive and finite")
+        self.generator = generator
+        self.sigma = float(sigma)
+        self.mask = None if mask is None else _checked_mask(mask, x)
+        self.x = x if self.mask is None else torch.where(self.mask > 0, x, torch.zeros_like(x))
+        if not self.x.is_meta and not self.x.isfinite().all():
+            raise ValueError("x holds NaN or infinite pixels; hide them with mask = 0 or replace them")
+
+    def __len__(self) -> int:
+        return len(self.x)
+
+    def __getitem__(self, index: slice | Tensor) -> Posterior:
+        """The posterior of the selected images."""
+        mask = None if self.mask is None else self.mask.expand_as(self.x)[index]
+        return Posterior(self.generator, self.x[index], self.sigma, mask)
+
+    @property
+    def n_observed(self) -> Tensor | int:
+        """D, the number of observed pixel values of each image: [n], or one number without a mask."""
+        if self.mask is None:
+            return math.prod(self.generator.image_shape)
+        return self.mask.expand_as(self.x).flatten(1).sum(1)
+
+    def residual(self, e: Tensor) -> Tensor:
+        """m * (x - g(e)): [n, C, H, W]."""
+        difference = self.x - self.generator(self.validated(e))
+        return difference if self.mask is None else difference * self.mask
+
+    def log_joint(self, e: Tensor, residual: Tensor | None = None) -> Tensor:
+        """log p(x, e) [n], with all constants, for e [n, d]. Differentiable in e and in the generator's parameters.
+
+        residual : `self.residual(e)` where it is at hand, which saves computing it again.
+        """
+        d, n_observed = self.generator.latent_dim, self.n_observed
+        log_prior = -0.5 * e.square().sum(1) - 0.5 * d * math.log(2 * math.pi)
+        residual = self.residual(e) if residual is None else residual
+        misfit = residual.square().flatten(1).sum(1) / self.sigma**2
+        return log_prior - 0.5 * misfit - 0.5 * n_observed * math.log(2 * math.pi * self.sigma**2)
+
+    def score(self, e: Tensor, create_graph: bool = False, chunk_size: int | None = None) -> Tensor:
+        """d/de log p(e | x) at e [n, d]: [n, d], with the generator's parameters frozen.
+
+        create_graph : keep the graph, so that the score can be differentiated again with respect to e.
+        chunk_size : work on that many images at a time; bounds the memory, changes nothing else.
+        """
+        if chunk_size is not None and chunk_size < len(self):
+            cuts = [slice(i, i + chunk_size) for i in range(0, len(self), chunk_size)]
+            return torch.cat([self[cut].score(self.validated(e)[cut], create_graph) for cut in cuts])
+        with torch.enable_grad(), frozen(self.generator):
+            if not (create_graph and e.requires_grad):
+                e = e.detach().requires_grad_()
+            image = self.generator(self.validated(e))
+            residual = self.x - image if self.mask is None else (self.x - image) * self.mask
+            # vector-Jacobian product J' residual: the forward and backward pass of one Langevin step, no loss needed
+            (pull,) = torch.autograd.grad(image, e, residual / self.sigma**2, create_graph=create_graph)
+            score = pull - e
+        return score if create_graph else score.detach()
+
+    def hessian_product(self, e: Tensor, v: Tensor) -> Tensor:
+        """H(e) v for v [n, d] or several vectors v [q, n, d] at once, H = d^2/de^2 log p(e | x) at e [n, d].
+
+        One pass forward and backward builds the score's graph, one more backward pass serves all q vectors.
+        """
+        with torch.enable_grad(), frozen(self.generator):
+            e = e.detach().requires_grad_()
+            score = self.score(e, create_graph=True)
+            (product,) = torch.autograd.grad(score, e, v, is_grads_batched=v.ndim == 3)
+        return product.detach()
+
+    def hessian(self, e: Tensor) -> Tensor:
+        """H(e) = d^2/de^2 log p(e | x) at e [n, d]: [n, d, d], symmetric."""
+        d = self.generator.latent_dim
+        basis = torch.eye(d, dtype=e.dtype, device=e.device)[:, None, :].expand(d, len(e), d)
+        h = self.hessian_product(e, basis).permute(1, 0, 2)
+        return 0.5 * (h + h.mT)
+
+    def validated(self, e: Tensor) -> Tensor:
+        """e itself, if its shape is [n, d]; a ValueError otherwise."""
+        if e.ndim != 2 or e.shape != (len(self), self.generator.latent_dim):
+            raise ValueError(
+                f"e has shape {tuple(e.shape)}, these {len(self)} images need [{len(self)}, {self.generator.latent_dim}]"
+            )
+        return e
+
+
+def _checked_mask(mask: Tensor, x: Tensor) -> Tensor:
+    mask = torch.as_tensor(mask, device=x.device)
+    try:
+        fits = torch.broadcast_shapes(mask.shape, x.shape) == x.shape
+    except RuntimeError:
+        fits = False
+    if not fits:
+        raise ValueError(f"mask has shape {tuple(mask.shape)}, which does not broadcast to x {tuple(x.shape)}")
+    if not mask.is_meta and not torch.isin(mask, torch.tensor([0, 1], device=mask.device).to(mask.dtype)).all():
+        raise ValueError("mask must hold 0 (hidden) and 1 (observed) only")
+    return mask.to(x.dtype)

@@ -1,0 +1,80 @@
+"""The one interface of all seven systems, so that each table of the book is one loop.
+
+A system is a generator with a way to infer its latents: `fit` learns both, `infer` maps images to latents e, `decode` maps
+latents to images. Everything a system has learned is in its parameters and buffers, so its `state_dict` is the checkpoint.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from .data import to_unit_range
+from .generators import Generator
+
+Source = Literal["prior", "aggregate"]
+
+
+class System(nn.Module):
+    """Base of the seven systems. A new one implements `fit` and `infer`.
+
+    Latents e are [n, d] and standard normal under the prior. Images are floats [n, C, H, W] in [-1, 1]; `fit` and
+    `fit_aggregate` also take uint8, which is converted batch by batch.
+    """
+
+    def __init__(self, generator: Generator) -> None:
+        super().__init__()
+        d = generator.latent_dim
+        self.generator = generator
+        self.register_buffer("aggregate_mean", torch.zeros(d))
+        self.register_buffer("aggregate_scale", torch.eye(d))
+        self.register_buffer("aggregate_count", torch.zeros((), dtype=torch.int64))
+
+    def infer(self, x: Tensor, mask: Tensor | None = None, rng: torch.Generator | None = None) -> Tensor:
+        """Latents e [n, d] for images x [n, C, H, W]; mask as in `Posterior`."""
+        raise NotImplementedError
+
+    def decode(self, e: Tensor) -> Tensor:
+        """The mean images g(e) [n, C, H, W] in [-1, 1] of latents e [n, d]."""
+        with torch.no_grad():
+            return self.generator(e)
+
+    def reconstruct(self, x: Tensor, mask: Tensor | None = None, rng: torch.Generator | None = None) -> Tensor:
+        """decode(infer(x)): [n, C, H, W]. With a mask this is inpainting (section 5.3)."""
+        return self.decode(self.infer(x, mask, rng))
+
+    def sample(self, n: int, source: Source = "prior", rng: torch.Generator | None = None) -> Tensor:
+        """n new images [n, C, H, W] in [-1, 1].
+
+        source : "prior" decodes e ~ N(0, I), as the paper does; "aggregate" decodes draws from the Gaussian that
+            `fit_aggregate` fitted to the latents inferred from the training images.
+        """
+        e = self.generator.sample_prior(n, rng)
+        if source == "aggregate":
+            if not self.aggregate_count:
+                raise ValueError("source='aggregate' needs the Gaussian of the inferred latents: call fit_aggregate first")
+            e = self.aggregate_mean + e @ self.aggregate_scale.T
+        elif source != "prior":
+            raise ValueError(f"source={source!r} must be 'prior' or 'aggregate'")
+        return self.decode(e)
+
+    def fit_aggregate(self, images: Tensor, batch_size: int = 500, rng: torch.Generator | None = None) -> Tensor:
+        """Fit a Gaussian to the latents inferred from `images`, the aggregate posterior; returns these latents [n, d]."""
+        n, d = len(images), self.generator.latent_dim
+        if n <= d:
+            raise ValueError(f"{n} images cannot fix a covariance in {d} dimensions; give at least {d + 1}")
+        e = torch.cat([self.infer(self.as_input(batch), rng=rng) for batch in images.split(batch_size)])
+        covariance = e.double().T.cov()
+        self.aggregate_mean.copy_(e.mean(0))
+        self.aggregate_scale.copy_(torch.linalg.cholesky(covariance))
+        self.aggregate_count.fill_(n)
+        return e
+
+    def as_input(self, images: Tensor) -> Tensor:
+        """images as floats in [-1, 1] where the parameters are and with their dtype; uint8 is scaled, floats are kept."""
+        parameter = next(self.parameters())
+        images = images.to(parameter.device)
+        return (to_unit_range(images) if images.dtype == torch.uint8 else images).to(parameter.dtype)
+

@@ -1,0 +1,164 @@
+"""The training loop that all systems share: minibatches, Adam, learning-rate steps, history, progress, exact resume.
+
+    for batch in TrainingLoop(system, images, plan, rng):
+        ...                                  # what is particular to a system: its loss
+        loop.update(loss, sigma=sigma)       # one Adam step; whatever else is named goes into the history
+
+Everything that training depends on (parameters and buffers of the system, Adam's moments, the order of the data, the
+random state, the history) is written to one file from time to time, and read back when the loop is made again with the
+same directory: a run that was killed ends with the same bits as one that was not.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from . import checkpoints
+from .system import System
+
+History = dict[str, list[float]]
+
+
+@dataclass(frozen=True)
+class TrainingPlan:
+    """How long and how fast to learn.
+
+    n_updates : T of Algorithm 1.
+    batch_size : m.
+    learning_rates : Adam's learning rate in equal parts of the training; the paper's (1e-4, 5e-5, 1e-5) thirds.
+    betas : Adam's decay rates; the paper names none, the authors' script has beta1 = 0.5.
+    """
+
+    n_updates: int
+    batch_size: int = 64
+    learning_rates: tuple[float, ...] = (1e-4, 5e-5, 1e-5)
+    betas: tuple[float, float] = (0.9, 0.999)
+
+    def __post_init__(self) -> None:
+        if self.n_updates < 1 or self.batch_size < 1:
+            raise ValueError(f"n_updates={self.n_updates} and batch_size={self.batch_size} must be at least 1")
+        if not self.learning_rates or any(not rate > 0 for rate in self.learning_rates):
+            raise ValueError(f"learning_rates={self.learning_rates} must be one or more positive numbers")
+        if len(self.betas) != 2 or any(not 0 <= beta < 1 for beta in self.betas):
+            raise ValueError(f"betas={self.betas} must be two numbers in [0, 1)")
+
+    def learning_rate(self, t: int) -> float:
+        """The learning rate of update t = 0, ..., T - 1."""
+        return self.learning_rates[min(t * len(self.learning_rates) // self.n_updates, len(self.learning_rates) - 1)]
+
+
+class Batch(NamedTuple):
+    t: int  # number of the update, from 0
+    x: Tensor  # images [m, C, H, W] in [-1, 1]
+    index: Tensor  # their places in the training set [m]
+
+
+@dataclass
+class TrainingLoop:
+    """Iterates over `Batch`es; call `update` once for each.
+
+    system : what is trained; its parameters go to Adam, its state into the checkpoint.
+    images : training images [n, C, H, W], uint8 or floats in [-1, 1].
+    rng : CPU generator for the order of the data; systems draw their noise from it too.
+    directory : where `training.safetensors` is kept while training lasts; None keeps nothing.
+    seconds_between_saves : how much work a kill may cost.
+    progress : show a bar with loss, step size and images per second.
+    """
+
+    system: System
+    images: Tensor
+    plan: TrainingPlan
+    rng: torch.Generator
+    directory: Path | None = None
+    seconds_between_saves: float = 60.0
+    progress: bool = True
+    history: History = field(default_factory=dict, init=False)
+    t: int = field(default=0, init=False)
+
+    def __post_init__(self) -> None:
+        if len(self.images) < 1:
+            raise ValueError("there are no training images")
+        self.optimizer = torch.optim.Adam(self.system.parameters(), lr=self.plan.learning_rate(0), betas=self.plan.betas)
+        self.order = torch.empty(0, dtype=torch.int64)
+        if self.directory is not None and self._file.exists():
+            self._restore()
+
+    @property
+    def _file(self) -> Path:
+        return Path(self.directory) / "training.safetensors"
+
+    def __iter__(self) -> Iterator[Batch]:
+        saved = time.monotonic()
+        n_updates, m = self.plan.n_updates, min(self.plan.batch_size, len(self.images))
+        with tqdm(total=n_updates, initial=self.t, disable=not self.progress, unit="update") as self._bar:
+            while self.t < n_updates:
+                if len(self.order) < m:  # a new epoch; what is left of the last one is less than a batch
+                    self.order = torch.randperm(len(self.images), generator=self.rng)
+                index, self.order = self.order[:m], self.order[m:]
+                yield Batch(self.t, self.system.as_input(self.images[index]), index)
+                self.t += 1
+                if self.directory is not None and time.monotonic() - saved > self.seconds_between_saves:
+                    self._save()
+                    saved = time.monotonic()
+
+    def update(self, loss: Tensor, **monitored: float) -> None:
+        """One Adam step down `loss`; the loss and what is monitored go into the history."""
+        value = loss.item()
+        if not abs(value) < float("inf"):
+            raise FloatingPointError(
+                f"the loss is {value} at update {self.t}; try a smaller learning rate than "
+                f"{self.plan.learning_rate(self.t):.3g}, or a smaller step size"
+            )
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.plan.learning_rate(self.t)
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        self.optimizer.step()
+        self.record(loss=value, **monitored)
+        shown = {name: f"{v:.4g}" for name, v in [("loss", value), *monitored.items()]}
+        rate = self._bar.format_dict["rate"]
+        if rate:
+            shown["images/s"] = f"{rate * self.plan.batch_size:.0f}"
+        self._bar.set_postfix(shown, refresh=False)
+        self._bar.update()
+
+    def record(self, **monitored: float) -> None:
+        """Append numbers to the history, one list per name."""
+        for name, value in monitored.items():
+            self.history.setdefault(name, []).append(float(value))
+
+    def finish(self) -> History:
+        """The history; the file for resuming is not needed any more."""
+        if self.directory is not None:
+            self._file.unlink(missing_ok=True)
+        return self.history
+
+    def _save(self) -> None:
+        moments = self.optimizer.state_dict()["state"]
+        tensors = {f"system.{name}": value for name, value in self.system.state_dict().items()}
+        tensors |= {f"adam.{i}.{name}": value for i, state in moments.items() for name, value in state.items()}
+        tensors |= {"rng": self.rng.get_state(), "order": self.order}
+        checkpoints.save(self._file, tensors, {"plan": asdict(self.plan), "t": self.t, "history": self.history})
+
+    def _restore(self) -> None:
+        tensors, saved = checkpoints.load(self._file)
+        plan = {key: list(v) if isinstance(v, tuple) else v for key, v in asdict(self.plan).items()}
+        if saved["plan"] != plan:
+            raise checkpoints.CheckpointError(f"{self._file} belongs to another training plan; remove it to start anew")
+        self.system.load_state_dict({k.removeprefix("system."): v for k, v in tensors.items() if k.startswith("system.")})
+        moments: dict[int, dict[str, Tensor]] = {}
+        for key, value in tensors.items():
+            if key.startswith("adam."):
+                _, i, name = key.split(".")
+                moments.setdefault(int(i), {})[name] = value
+        self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": moments})
+        self.rng.set_state(tensors["rng"])
+        self.order, self.t, self.history = tensors["order"], saved["t"], saved["history"]
