@@ -1,0 +1,45 @@
+"""The models that many tests use: a linear one, whose answers are exact, and a small deep one, both in float64."""
+
+import pytest
+import torch
+
+import srlib
+
+
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.cuda)])
+def device(request):
+    return torch.device(request.param)
+
+
+@pytest.fixture
+def linear_posterior():
+    """make(n, mask): the posterior of n images of 7 pixels under a random linear model with 3 latents."""
+
+    def make(n, mask=False, pixels=7, latents=3, sigma=0.5):
+        rng = torch.Generator().manual_seed(0)
+        weight, bias = (torch.randn(s, generator=rng, dtype=torch.float64) for s in ((pixels, latents), (pixels,)))
+        g = srlib.LinearGenerator(weight, bias)
+        with torch.no_grad():
+            noise = torch.randn(n, pixels, 1, 1, generator=rng, dtype=torch.float64)
+            x = g(g.sample_prior(n, rng)) + sigma * noise
+        observed = torch.arange(pixels)[:, None, None].remainder(3) > 0
+        return srlib.Posterior(g, x, sigma, observed.double()[None] if mask else None)
+
+    return make
+
+
+@pytest.fixture
+def small_posterior():
+    """make(masked): the posterior of 4 images of 16x16 pixels under a random two-layer generator with 12 latents."""
+
+    def make(masked):
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            g = srlib.TopDownGenerator((5, 7), (1, 16, 16), channels=6, feature_size=8).double()
+        rng = torch.Generator().manual_seed(1)
+        with torch.no_grad():
+            x = g(g.sample_prior(4, rng))
+        mask = (torch.rand(4, 1, 16, 16, generator=rng) < 0.6).double() if masked else None
+        return srlib.Posterior(g, x, 0.3, mask)
+
+    return make

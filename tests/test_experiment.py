@@ -1,0 +1,114 @@
+"""From a configuration to a run directory, and what is refused on the way."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from srlib import checkpoints, experiment
+from srlib.experiment import Config
+
+TINY = dict(name="tiny", latent_dims=[2, 3], channels=4, n_steps=2, n_updates=3, batch_size=8)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    output = tmp_path_factory.mktemp("runs") / "tiny"
+    return output, experiment.run(Config.from_dict(TINY), output, progress=False)
+
+
+def test_a_run_directory_holds_everything(finished):
+    output, metrics = finished
+    assert sorted(p.name for p in output.iterdir()) == ["config.yaml", "history.json", "metrics.json", "model.safetensors"]
+    assert checkpoints.read_json(output / "metrics.json").items() >= json.loads(json.dumps(metrics)).items()
+    assert metrics["scores"]["n_images"] == 1000 and 0 < metrics["scores"]["mse"] < 4
+    assert {"recognised_originals", "recognised_reconstructions", "noise_scale"} <= set(metrics["scores"])
+    assert metrics["config"]["seed"] == 0 and len(metrics["data"]["fingerprint"]) > 8
+    assert metrics["scores"]["recognised_originals"] > 0.9
+    assert "srlib.langevin" in metrics["modules"] and metrics["environment"]["torch"] == torch.__version__
+
+
+def test_a_run_can_be_loaded_and_gives_the_same_reconstructions(finished):
+    output, metrics = finished
+    system, loaded, history = experiment.load_run(output)
+    assert loaded["scores"] == metrics["scores"] and len(history["loss"]) == 3
+    dataset = experiment.load("digits")
+    assert experiment.evaluate(system, dataset, "test", seed=0) == metrics["scores"]
+
+
+def test_the_same_configuration_gives_the_same_scores_in_another_process(finished, tmp_path):
+    _, metrics = finished
+    config = tmp_path / "tiny.yaml"
+    config.write_text(json.dumps(TINY))
+    command = [sys.executable, "-m", "srlib.experiment", str(config), "--output", str(tmp_path / "out")]
+    subprocess.run(command, check=True, capture_output=True)
+    assert checkpoints.read_json(tmp_path / "out" / "metrics.json")["scores"] == metrics["scores"]
+
+
+def test_validation_and_test_images_are_different(finished):
+    output, metrics = finished
+    system, _, _ = experiment.load_run(output)
+    scores = experiment.evaluate(system, experiment.load("digits"), "validation", seed=0)
+    assert scores["n_images"] == 500 and scores["mse"] != metrics["scores"]["mse"]
+
+
+def test_a_directory_with_another_run_is_left_alone(finished):
+    output, _ = finished
+    before = {p.name: p.read_bytes() for p in output.iterdir()}
+    with pytest.raises(ValueError, match="another configuration"):
+        experiment.run(Config.from_dict(TINY | {"seed": 1}), output, progress=False)
+    assert {p.name: p.read_bytes() for p in output.iterdir()} == before
+
+
+def test_seeds_decide_the_first_weights():
+    first, again, other = (Config.from_dict(TINY | {"seed": s}).build((1, 28, 28)).state_dict() for s in (0, 0, 1))
+    assert all(torch.equal(first[k], again[k]) for k in first)
+    assert any(not torch.equal(first[k], other[k]) for k in first)
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"n_step": 3}, "'n_step'; did you mean 'n_steps'"),
+        ({"wholly_unknown": 3}, "known: name, system"),
+        ({"system": "short_rum"}, "system='short_rum' is unknown; there are: short_run"),
+        ({"n_updates": "many"}, "n_updates='many' must be int"),
+        ({"n_updates": True}, "n_updates=True must be int"),
+        ({"n_updates": 2.5}, "n_updates=2.5 must be int"),
+        ({"latent_dims": 8}, "latent_dims=8 must be a list of int"),
+        ({"learning_rates": ["1e-3", "x"]}, "must be a list of float"),
+        ({"dataset": 3}, "dataset=3 must be str"),
+        ({"evaluation_split": "train"}, "evaluation_split='train'"),
+        ({"seed": -1}, "seed=-1"),
+        ({"n_updates": 0}, "n_updates=0"),
+    ],
+)
+def test_mistakes_in_a_configuration_are_named(change, message):
+    with pytest.raises(ValueError, match=message):
+        Config.from_dict(TINY | change)
+
+
+def test_a_configuration_needs_a_name():
+    with pytest.raises(ValueError, match="lacks name"):
+        Config.from_dict({})
+
+
+def test_yaml_errors_name_the_file(tmp_path):
+    path = tmp_path / "config.yaml"
+    for text in ("- a list", "name: [unclosed", "name: x\nsteps: 1\n"):
+        path.write_text(text)
+        with pytest.raises(ValueError, match="config.yaml"):
+            Config.from_yaml(path)
+    path.write_text("name: x\nstep_size: 1e-3\nlearning_rates: [1e-3]\n")  # YAML reads 1e-3 as text
+    assert Config.from_yaml(path).step_size == 1e-3 == Config.from_yaml(path).learning_rates[0]
+
+
+@pytest.mark.parametrize("text, message", [("name: x\ndataset: nowhere\n", "nowhere"), ("name: x\nsed: 1\n", "sed")])
+def test_the_command_line_ends_with_a_message_instead_of_a_traceback(tmp_path, capsys, text, message):
+    path = tmp_path / "config.yaml"
+    path.write_text(text)
+    with pytest.raises(SystemExit) as ended:
+        experiment.main([str(path), "--output", str(tmp_path / "out")])
+    assert ended.value.code == 2 and message in capsys.readouterr().err

@@ -1,0 +1,199 @@
+"""Algorithm 1: it learns, it repeats itself, it resumes with the same bits, it reports what goes wrong."""
+
+import math
+
+import pytest
+import torch
+
+import srlib
+from srlib.checkpoints import CheckpointError
+from srlib.training import TrainingLoop
+
+
+def new_system(seed=0, **options):
+    torch.manual_seed(seed)
+    g = srlib.TopDownGenerator((3, 5), (1, 16, 16), channels=8, feature_size=8)
+    return srlib.ShortRun(g, **(dict(n_steps=5, step_size=2e-3, sigma=0.3) | options))
+
+
+@pytest.fixture
+def images():
+    """16 images of blurred random squares, uint8."""
+    rng = torch.Generator().manual_seed(0)
+    corner = torch.randint(2, 9, (16, 2), generator=rng)
+    rows = (torch.arange(16) - corner[:, :1]).clamp(0, 5) % 5 > 0
+    columns = (torch.arange(16) - corner[:, 1:]).clamp(0, 5) % 5 > 0
+    return (rows[:, :, None] & columns[:, None, :])[:, None].to(torch.uint8) * 255
+
+
+def fit(system, images, n_updates=12, directory=None, seed=0, **plan):
+    plan = srlib.TrainingPlan(n_updates, **(dict(batch_size=6, learning_rates=(1e-3, 5e-4)) | plan))
+    return system.fit(images, plan, torch.Generator().manual_seed(seed), directory, progress=False)
+
+
+def test_a_tiny_set_is_learned_by_heart(images, device):
+    system = new_system(n_steps=15).to(device)
+    x = system.as_input(images)
+    before = (system.reconstruct(x, rng=torch.Generator().manual_seed(1)) - x).square().mean()
+    history = fit(system, images, 300, batch_size=16, learning_rates=(3e-3, 1e-3))
+    after = (system.reconstruct(x, rng=torch.Generator().manual_seed(1)) - x).square().mean()
+    assert after < 0.1 * before
+    assert sum(history["mse"][-10:]) < 0.1 * sum(history["mse"][:10])
+    assert set(history) == {"loss", "step_size", "sigma", "mse", "spread"}
+
+
+def test_one_update_is_adam_on_equation_21(images):
+    """Lines 1 to 4 of Algorithm 1 by hand, from the same random numbers."""
+    system, twin = new_system(), new_system()
+    fit(system, images, n_updates=1)
+    rng = torch.Generator().manual_seed(0)
+    x = srlib.to_unit_range(images[torch.randperm(len(images), generator=rng)[:6]])
+    posterior = srlib.Posterior(twin.generator, x, 0.3)
+    e = srlib.short_run(posterior, 5, 2e-3, twin.generator.sample_prior(6, rng), rng=rng).final
+    optimizer = torch.optim.Adam(twin.parameters(), lr=1e-3)
+    ((x - twin.generator(e)).square().flatten(1).sum(1).mean() / (2 * 0.3**2)).backward()
+    optimizer.step()
+    for ours, by_hand in zip(system.parameters(), twin.parameters()):
+        torch.testing.assert_close(ours, by_hand, rtol=1e-4, atol=1e-6)
+
+
+def test_the_same_seed_gives_the_same_bits_and_another_seed_does_not(images):
+    histories = [fit(new_system(), images, seed=seed) for seed in (3, 3, 4)]
+    assert histories[0] == histories[1] != histories[2]
+
+
+def test_sigma_is_annealed_geometrically_and_the_step_size_follows_its_square(images):
+    history = fit(new_system(sigma=0.1, sigma_start=0.8, anneal_fraction=0.5), images, n_updates=12)
+    sigma, s = torch.tensor(history["sigma"]), torch.tensor(history["step_size"])
+    torch.testing.assert_close(sigma[:6], 0.8 * (0.1 / 0.8) ** (torch.arange(6) / 6))
+    assert (sigma[6:] == 0.1).all()
+    torch.testing.assert_close(s, 2e-3 * (sigma / 0.1) ** 2)
+
+
+def test_the_step_size_is_updated_after_every_ts_parameter_updates(images):
+    seen = []
+
+    def halve(posterior, s, rng):
+        seen.append((len(posterior), posterior.sigma, float(s)))
+        return s / 2
+
+    system = new_system(update_step_size=halve, every=5, sigma=0.2, sigma_start=0.4, anneal_fraction=0.5)
+    history = fit(system, images, n_updates=12)
+    assert [n for n, _, _ in seen] == [6, 6]
+    assert seen[0][1] == pytest.approx(0.4 * 0.5 ** (4 / 6)) and seen[1][1] == 0.2
+    in_units_of_sigma = torch.tensor(history["step_size"]) / torch.tensor(history["sigma"]) ** 2
+    torch.testing.assert_close(in_units_of_sigma / in_units_of_sigma[0], torch.tensor([1.0] * 5 + [0.5] * 5 + [0.25] * 2))
+    assert system.step_size == pytest.approx(2e-3 / 4)
+
+
+def test_learning_rates_are_used_in_equal_parts():
+    plan = srlib.TrainingPlan(300_000, learning_rates=(1e-4, 5e-5, 1e-5))
+    assert [plan.learning_rate(t) for t in (0, 99_999, 100_000, 199_999, 200_000, 299_999)] == [
+        1e-4, 1e-4, 5e-5, 5e-5, 1e-5, 1e-5,
+    ]  # fmt: skip
+
+
+class Killed(Exception):
+    pass
+
+
+@pytest.mark.parametrize("killed_at", [1, 2, 7, 11])
+def test_a_killed_run_resumes_with_the_same_bits(images, tmp_path, monkeypatch, killed_at):
+    whole, resumed = new_system(), new_system()
+    history = fit(whole, images)
+
+    monkeypatch.setattr(TrainingLoop, "seconds_between_saves", -1.0)
+    update = TrainingLoop.update
+
+    def killing_update(loop, loss, **monitored):
+        if loop.t == killed_at:
+            raise Killed
+        update(loop, loss, **monitored)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(TrainingLoop, "update", killing_update)
+        with pytest.raises(Killed):
+            fit(resumed, images, directory=tmp_path)
+    fresh = new_system(seed=99)
+    assert fit(fresh, images, directory=tmp_path, seed=99) == history
+    assert all(torch.equal(a, b) for a, b in zip(whole.state_dict().values(), fresh.state_dict().values()))
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_checkpoint_of_another_plan_is_refused(images, tmp_path, monkeypatch):
+    monkeypatch.setattr(TrainingLoop, "seconds_between_saves", -1.0)
+    monkeypatch.setattr(TrainingLoop, "finish", lambda loop: loop.history)
+    fit(new_system(), images, n_updates=2, directory=tmp_path)
+    with pytest.raises(CheckpointError, match="another training plan"):
+        fit(new_system(), images, n_updates=3, directory=tmp_path)
+
+
+def test_a_loss_that_is_not_a_number_stops_with_advice(images):
+    system = new_system()
+    with torch.no_grad():
+        system.generator.output[-1].bias.fill_(math.nan)
+    with pytest.raises((FloatingPointError, srlib.DivergenceError), match="try"):
+        fit(system, images)
+
+
+def test_a_collapsed_generator_is_reported(images):
+    system = new_system()
+    with torch.no_grad():
+        system.generator.output[-1].weight.zero_()
+    with pytest.warns(RuntimeWarning, match="collapsed"):
+        fit(system, images, n_updates=2, learning_rates=(1e-9,))
+
+
+def test_aggregate_samples_have_the_moments_of_the_inferred_latents(images):
+    system = new_system()
+    with pytest.raises(ValueError, match="fit_aggregate first"):
+        system.sample(2, "aggregate")
+    with pytest.raises(ValueError, match="at least 9"):
+        system.fit_aggregate(images[:8])
+    with pytest.raises(ValueError, match="'prior' or 'aggregate'"):
+        system.sample(2, "posterior")
+    e = system.fit_aggregate(images, rng=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(system.aggregate_mean, e.mean(0))
+    torch.testing.assert_close(system.aggregate_scale @ system.aggregate_scale.T, e.T.cov(), rtol=1e-3, atol=1e-4)
+    assert system.sample(5, "aggregate").shape == system.sample(5).shape == (5, 1, 16, 16)
+
+
+def test_inpainting_never_looks_at_hidden_pixels(images):
+    system = new_system()
+    x, mask = system.as_input(images), torch.ones(1, 1, 16, 16)
+    mask[..., 8:] = 0
+    changed = torch.where(mask > 0, x, torch.rand_like(x))
+    first, second = (system.reconstruct(y, mask, torch.Generator().manual_seed(0)) for y in (x, changed))
+    assert torch.equal(first, second)
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (dict(sigma=0.3, sigma_start=0.1), "sigma_start"),
+        (dict(sigma=-1.0), "sigma"),
+        (dict(anneal_fraction=1.5), "anneal_fraction"),
+        (dict(every=0), "every=0"),
+        (dict(step_size=0.0), "step_size"),
+    ],
+)
+def test_bad_options_are_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        new_system(**options)
+
+
+@pytest.mark.parametrize(
+    "plan, message",
+    [
+        (dict(n_updates=0), "n_updates=0"),
+        (dict(n_updates=1, batch_size=0), "batch_size=0"),
+        (dict(n_updates=1, learning_rates=()), "learning_rates"),
+        (dict(n_updates=1, learning_rates=(1e-3, -1.0)), "learning_rates"),
+        (dict(n_updates=1, betas=(0.9, 1.0)), "betas"),
+    ],
+)
+def test_bad_plans_are_refused(plan, message):
+    with pytest.raises(ValueError, match=message):
+        srlib.TrainingPlan(**plan)
+    with pytest.raises(ValueError, match="no training images"):
+        fit(new_system(), torch.zeros(0, 1, 16, 16, dtype=torch.uint8))
