@@ -26,6 +26,9 @@ from .system import System
 
 History = dict[str, list[float]]
 
+# How much work a kill may cost.
+SECONDS_BETWEEN_SAVES = 60.0
+
 
 @dataclass(frozen=True)
 class TrainingPlan:
@@ -69,7 +72,6 @@ class TrainingLoop:
     images : training images [n, C, H, W], uint8 or floats in [-1, 1].
     rng : CPU generator for the order of the data; systems draw their noise from it too.
     directory : where `training.safetensors` is kept while training lasts; None keeps nothing.
-    seconds_between_saves : how much work a kill may cost.
     progress : show a bar with loss, step size and images per second.
     """
 
@@ -78,7 +80,6 @@ class TrainingLoop:
     plan: TrainingPlan
     rng: torch.Generator
     directory: Path | None = None
-    seconds_between_saves: float = 60.0
     progress: bool = True
     history: History = field(default_factory=dict, init=False)
     t: int = field(default=0, init=False)
@@ -105,7 +106,7 @@ class TrainingLoop:
                 index, self.order = self.order[:m], self.order[m:]
                 yield Batch(self.t, self.system.as_input(self.images[index]), index)
                 self.t += 1
-                if self.directory is not None and time.monotonic() - saved > self.seconds_between_saves:
+                if self.directory is not None and time.monotonic() - saved > SECONDS_BETWEEN_SAVES:
                     self._save()
                     saved = time.monotonic()
 

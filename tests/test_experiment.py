@@ -27,7 +27,7 @@ def test_a_run_directory_holds_everything(finished):
     assert {"recognised_originals", "recognised_reconstructions", "noise_scale"} <= set(metrics["scores"])
     assert metrics["config"]["seed"] == 0 and len(metrics["data"]["fingerprint"]) > 8
     assert metrics["scores"]["recognised_originals"] > 0.9
-    assert "srlib.langevin" in metrics["modules"] and metrics["environment"]["torch"] == torch.__version__
+    assert "srlib.langevin" in metrics["modules"] and torch.__version__.startswith(metrics["environment"]["torch"])
 
 
 def test_a_run_can_be_loaded_and_gives_the_same_reconstructions(finished):

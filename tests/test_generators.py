@@ -81,7 +81,7 @@ def test_the_first_images_of_five_layers_depend_on_the_latents():
     for module in g.modules():
         if hasattr(module, "reset_parameters"):
             module.reset_parameters()
-    assert spread > 0.1 > 10 * g(g.sample_prior(64)).std(0).mean()
+    assert spread > 3 * g(g.sample_prior(64)).std(0).mean()
 
 
 def test_one_seed_gives_the_same_prior_samples():

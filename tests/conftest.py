@@ -1,9 +1,19 @@
-"""The models that many tests use: a linear one, whose answers are exact, and a small deep one, both in float64."""
+"""What all tests share: one thread, and the models whose answers are known."""
 
 import pytest
 import torch
 
 import srlib
+
+# One thread per process: results do not depend on the machine, and pytest-xdist uses the cores.
+torch.set_num_threads(1)
+
+
+def pytest_collection_modifyitems(items):
+    if not torch.cuda.is_available():
+        for item in items:
+            if item.get_closest_marker("cuda"):
+                item.add_marker(pytest.mark.skip(reason="there is no GPU"))
 
 
 @pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.cuda)])

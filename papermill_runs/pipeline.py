@@ -1,0 +1,416 @@
+"""Executes the runs and chapters of a profile through papermill, and builds the book from what came out.
+
+    pipeline.py run PROFILE [--jobs N] [--seeds 0,1,2] [--only NAME ...]   everything that is not up to date
+    pipeline.py execute PROFILE NAME                                       one job; what $LAUNCH is put before
+    pipeline.py book PROFILE                                               the book, from the results as they are
+
+A job is a training run (papermill_runs/train.md with a configuration) or a chapter (book/NAME.md). Its key is a hash of all
+it depends on: notebook, parameters, the srlib modules that its code reaches, and the results of the runs that it reads. A
+result whose key is unchanged is kept, so an interrupted call goes on and a change repeats just what depends on it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import hashlib
+import json
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import jupytext
+import nbformat
+import yaml
+
+from srlib import checkpoints, provenance
+from srlib.data import DatasetUnavailable
+from srlib.experiment import Config
+
+ROOT = Path(__file__).resolve().parent.parent
+PROFILES = ("quick", "digits", "reference", "paper")
+# Each job computes with one thread, so that its result does not depend on how many run side by side.
+ONE_THREAD = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), "1")
+
+
+class PipelineError(Exception):
+    """Something that the reader of the message can mend."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """One notebook to execute. `needs` are the names of the runs whose results it reads."""
+
+    name: str
+    notebook: Path
+    output: Path  # the executed notebook
+    result: Path  # sealed JSON beside it, holding the key; it is written last
+    parameters: dict[str, Any]
+    needs: tuple[str, ...] = ()
+    seconds: float = 60.0
+    config: Config | None = field(default=None, compare=False)
+
+
+@dataclass(frozen=True)
+class Profile:
+    name: str
+    label: str
+    jobs: dict[str, Job]
+    root: Path = ROOT
+
+    @property
+    def folder(self) -> Path:
+        return self.root / "papermill_runs" / self.name
+
+    @property
+    def runs(self) -> list[Job]:
+        return [job for job in self.jobs.values() if job.config is not None]
+
+    @property
+    def chapters(self) -> list[Job]:
+        return [job for job in self.jobs.values() if job.config is None]
+
+
+def load_profile(name: str, seeds: list[int] | None = None, root: Path = ROOT) -> Profile:
+    """The jobs of papermill_runs/NAME.yaml; every configuration in it is checked before anything starts."""
+    path = root / "papermill_runs" / f"{name}.yaml"
+    if not path.exists():
+        raise PipelineError(f"unknown profile {name!r}; there are: {', '.join(PROFILES)}")
+    matrix = yaml.safe_load(path.read_text())
+    _refuse_unknown(path, matrix, {"label", "defaults", "runs", "chapters"})
+    folder, jobs = root / "papermill_runs" / name, {}
+    for row in matrix.get("runs") or []:
+        row = dict(row)
+        own_seeds, seconds = row.pop("seeds", [0]), row.pop("seconds", 60.0)
+        for seed in seeds if seeds is not None else own_seeds:
+            entries = {**(matrix.get("defaults") or {}), **row, "seed": seed}
+            try:
+                config = Config.from_dict(entries)
+            except ValueError as error:
+                raise PipelineError(f"{path}, run {row.get('name')!r}: {error}") from error
+            run = f"{config.name}-seed{seed}"
+            here = folder / run
+            parameters = {"config": json.loads(json.dumps(asdict(config))), "output": os.path.relpath(here, root / "papermill_runs")}
+            notebook = root / "papermill_runs" / "train.md"
+            jobs[run] = Job(run, notebook, here / "train.ipynb", here / "job.json", parameters, (), seconds, config)
+    for row in matrix.get("chapters") or []:
+        _refuse_unknown(path, row, {"notebook", "needs", "seconds"})
+        chapter, wanted = row["notebook"], row.get("needs") or []
+        needs = tuple(job for job in jobs for name in wanted if job.rpartition("-seed")[0] == name)
+        if len({job.rpartition("-seed")[0] for job in needs}) != len(set(wanted)):
+            raise PipelineError(f"{path}, chapter {chapter!r} needs {wanted}; the runs are {[*jobs]}")
+        output, notebook = folder / "book" / f"{chapter}.ipynb", root / "book" / f"{chapter}.md"
+        parameters = {"profile": name}
+        jobs[chapter] = Job(
+            chapter, notebook, output, output.with_suffix(".json"), parameters, needs, row.get("seconds", 30.0)
+        )
+    for job in jobs.values():
+        if not job.notebook.exists():
+            raise PipelineError(f"{path}: there is no notebook {job.notebook}")
+    return Profile(name, matrix.get("label", ""), jobs, root)
+
+
+def key(job: Job, profile: Profile) -> str:
+    """The hash of everything that the job's result depends on."""
+    notebook = jupytext.read(job.notebook)
+    cells = [cell.source for cell in notebook.cells if cell.cell_type == "code"]
+    results = [checkpoints.read_json(profile.jobs[run].result)["key"] for run in job.needs if not not_run(profile.jobs[run])]
+    parts = [
+        job.notebook.read_text(),
+        json.dumps(job.parameters, sort_keys=True),
+        provenance.source_hash(provenance.notebook_modules(cells)),
+        *results,
+    ]
+    return hashlib.sha256("\0".join(parts).encode()).hexdigest()
+
+
+def not_run(job: Job) -> str | None:
+    """Why a run could not be made on this machine, or None."""
+    path = job.output.with_name("not_run.json")
+    return checkpoints.read_json(path)["reason"] if job.config is not None and path.exists() else None
+
+
+def up_to_date(job: Job, profile: Profile) -> bool:
+    """Whether the result is whole, unedited and made from today's sources."""
+    try:
+        done = checkpoints.read_json(job.result)
+        return done["key"] == key(job, profile) and done["notebook"] == _sha256(job.output)
+    except (checkpoints.CheckpointError, FileNotFoundError, KeyError):
+        return False
+
+
+def execute(job: Job, profile: Profile) -> None:
+    """Execute one job with papermill. The result appears whole or not at all; a failed notebook is kept as *.failed.ipynb."""
+    import papermill
+
+    wanted, started = key(job, profile), time.monotonic()
+    notebook = jupytext.read(job.notebook)
+    check_parameters(notebook, job)
+    job.output.parent.mkdir(parents=True, exist_ok=True)
+    failed, begun = job.output.with_suffix(".failed.ipynb"), job.output.with_suffix(".begun")
+    job.output.with_name("not_run.json").unlink(missing_ok=True) if job.config else None
+    if job.config is not None and not (begun.exists() and begun.read_text() == wanted):
+        # what an earlier key left behind is no part of this run; the same key resumes it
+        for stale in job.output.parent.iterdir():
+            stale.unlink()
+        checkpoints.atomic_write(begun, wanted.encode())
+    notebook.metadata["kernelspec"] = {"name": "python3", "display_name": "Python 3", "language": "python"}
+    source, partial = job.output.with_suffix(".source.ipynb"), job.output.with_suffix(".partial.ipynb")
+    nbformat.write(notebook, source)
+    try:
+        papermill.execute_notebook(
+            str(source), str(partial), job.parameters, cwd=str(job.notebook.parent), progress_bar=False, kernel_name="python3"
+        )
+    except papermill.PapermillExecutionError as error:
+        if error.ename == DatasetUnavailable.__name__:
+            checkpoints.write_json(job.output.with_name("not_run.json"), {"reason": error.evalue})
+            return
+        partial.replace(failed)
+        raise PipelineError(f"{job.name}: {error.ename}: {error.evalue} (see {failed})") from error
+    finally:
+        source.unlink(missing_ok=True)
+    executed = without_machine_traces(nbformat.read(partial, as_version=4))
+    checkpoints.atomic_write(job.output, nbformat.writes(executed).encode())
+    for leftover in (partial, failed, begun):
+        leftover.unlink(missing_ok=True)
+    record = {"key": wanted, "notebook": _sha256(job.output), "seconds": time.monotonic() - started}
+    checkpoints.write_json(job.result, record | {"environment": provenance.environment()})
+
+
+def check_parameters(notebook: nbformat.NotebookNode, job: Job) -> None:
+    """Refuse parameters that the notebook's `parameters` cell does not have: papermill would silently ignore them."""
+    cells = [cell.source for cell in notebook.cells if "parameters" in cell.metadata.get("tags", [])]
+    known = {line.split("=")[0].strip() for cell in cells for line in cell.splitlines() if "=" in line and line[:1].isalpha()}
+    unknown = sorted(set(job.parameters) - known)
+    if unknown:
+        raise PipelineError(f"{job.notebook.name} has no parameter {', '.join(unknown)}; it has {', '.join(sorted(known))}")
+
+
+def without_machine_traces(notebook: nbformat.NotebookNode) -> nbformat.NotebookNode:
+    """The notebook without papermill's paths and without what is printed to stderr (progress bars)."""
+    notebook.metadata.pop("papermill", None)
+    for cell in notebook.cells:
+        cell.metadata.pop("papermill", None)
+        if cell.cell_type == "code":
+            cell.metadata.pop("execution", None)
+            cell.outputs = [out for out in cell.outputs if out.get("name") != "stderr"]
+    notebook.cells = [cell for cell in notebook.cells if "injected-parameters" not in cell.metadata.get("tags", [])]
+    return notebook
+
+
+def run(profile: Profile, n_jobs: int, only: list[str]) -> list[str]:
+    """Bring all jobs up to date, `n_jobs` at a time; returns the names of those that failed."""
+    unknown = set(only) - set(profile.jobs)
+    if unknown:
+        raise PipelineError(f"no such run or chapter: {', '.join(sorted(unknown))}; there are: {', '.join(profile.jobs)}")
+    chosen = [job for name, job in profile.jobs.items() if not only or name in only]
+    # a run's result decides the keys of the chapters that read it, so runs come first
+    stale = [job for job in chosen if not (not_run(job) is None and up_to_date(job, profile))]
+    stale = [job for job in chosen if job in stale or any(profile.jobs[n] in stale for n in job.needs)]
+    print(f"{profile.name}: {len(chosen) - len(stale)} of {len(chosen)} jobs are up to date, {len(stale)} to run", flush=True)
+    waiting = sorted(stale, key=lambda job: (job.config is None, -_expected(job)))
+    logs, started = profile.folder / "logs", time.monotonic()
+    logs.mkdir(parents=True, exist_ok=True)
+    running: dict[str, tuple[Job, subprocess.Popen, float]] = {}
+    finished, failed = set(), []
+    try:
+        while waiting or running:
+            for job in list(waiting):
+                blocked = [n for n in job.needs if n in failed]
+                if blocked:
+                    waiting.remove(job)
+                    failed.append(job.name)
+                    print(f"{job.name}  not started: {', '.join(blocked)} failed", flush=True)
+                elif len(running) < n_jobs and not any(profile.jobs[n] in waiting or n in running for n in job.needs):
+                    waiting.remove(job)
+                    command = [*shlex.split(os.environ.get("LAUNCH", "")), sys.executable, __file__, "execute"]
+                    with (logs / f"{job.name}.log").open("wb") as log:
+                        child = subprocess.Popen(
+                            [*command, profile.name, job.name], stdout=log, stderr=log, env={**os.environ, **ONE_THREAD}
+                        )
+                    running[job.name] = (job, child, time.monotonic())
+                    print(f"[  -/{len(stale)}] {job.name}  started", flush=True)
+            for name, (job, child, begun) in list(running.items()):
+                if child.poll() is None:
+                    continue
+                del running[name]
+                finished.add(name)
+                took, elapsed = time.monotonic() - begun, time.monotonic() - started
+                left = sum(_expected(j) for j in waiting) + sum(
+                    max(0.0, _expected(j) - (time.monotonic() - b)) for j, _, b in running.values()
+                )
+                word = "done"
+                if child.returncode:
+                    failed.append(name)
+                    word = f"FAILED, see {logs / (name + '.log')},"
+                elif not_run(job):
+                    word = "not run (no data),"
+                print(
+                    f"[{len(finished):3d}/{len(stale)}] {name}  {word} in {took:.0f} s  "
+                    f"(elapsed {_clock(elapsed)}, about {_clock(left / n_jobs)} left)",
+                    flush=True,
+                )
+            time.sleep(0.1)
+    except KeyboardInterrupt:
+        print("stopping; what is finished stays, calling again goes on", flush=True)
+        for _, child, _ in running.values():
+            child.terminate()
+        raise SystemExit(130) from None
+    return failed
+
+
+@contextlib.contextmanager
+def locked(profile: Profile) -> Iterator[None]:
+    """Only one `run` of a profile at a time."""
+    profile.folder.mkdir(parents=True, exist_ok=True)
+    with (profile.folder / ".lock").open("w") as lock:
+        try:
+            import fcntl
+
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except ImportError:  # Windows has no such lock
+            pass
+        except OSError:
+            raise PipelineError(f"another run-all of the profile {profile.name} is at work; wait for it or stop it") from None
+        yield
+
+
+def build_book(profile: Profile) -> Path:
+    """Check all results, put the book together from executed notebooks and build it; returns index.html."""
+    book, target = profile.root / "book", profile.root / "book" / "_build" / profile.name
+    source = target / "source"
+    shutil.rmtree(source, ignore_errors=True)
+    shutil.copytree(book, source, ignore=shutil.ignore_patterns("_build", "*.ipynb", ".ipynb_checkpoints"))
+    for job in profile.jobs.values():
+        if not not_run(job):
+            verify(job)
+    for job in profile.chapters:
+        (source / f"{job.name}.md").unlink()
+        shutil.copy(job.output, source / f"{job.name}.ipynb")
+    (source / "runs").mkdir()
+    shown = [job for job in profile.runs if job.output.exists()]
+    for job in shown:
+        shutil.copy(job.output, source / "runs" / f"{job.name}.ipynb")
+    (source / "runs.md").write_text(runs_page(profile))
+    toc = yaml.safe_load((source / "_toc.yml").read_text())
+    for part in toc["parts"]:
+        for chapter in part["chapters"]:
+            if chapter["file"] == "runs" and shown:
+                chapter["sections"] = [{"file": f"runs/{job.name}"} for job in shown]
+    (source / "_toc.yml").write_text(yaml.safe_dump(toc, sort_keys=False))
+    command = [sys.executable, "-m", "jupyter_book.cli.main", "build", "-q", "-n", "-W", "--keep-going"]
+    done = subprocess.run(
+        [*command, "--path-output", str(target), str(source)], capture_output=True, text=True, cwd=target,
+        env={**os.environ, "PYTHONWARNINGS": "ignore"},
+    )  # fmt: skip
+    if done.returncode:
+        raise PipelineError(f"the book could not be built:\n{done.stdout[-4000:]}\n{done.stderr[-6000:]}")
+    html = target / "html"
+    shutil.rmtree(html, ignore_errors=True)
+    (target / "_build" / "html").rename(html)
+    shutil.rmtree(target / "_build")
+    return html / "index.html"
+
+
+def verify(job: Job) -> None:
+    """A result that is missing or was edited stops the build with its name."""
+    done = checkpoints.read_json(job.result)
+    if not job.output.exists() or done["notebook"] != _sha256(job.output):
+        raise PipelineError(f"{job.output} is missing or was edited; make run-all makes it again")
+    if job.config is not None:
+        checkpoints.read_json(job.output.with_name("metrics.json"))
+        checkpoints.read_json(job.output.with_name("history.json"))
+
+
+def runs_page(profile: Profile) -> str:
+    """The status page: every run with its scores, where and when it ran, and whether today's sources would repeat it."""
+    lines = [
+        "# The runs behind this book",
+        "",
+        f"Profile `{profile.name}`. {profile.label}",
+        "",
+        "| run | dataset | seed | updates | test MSE | training time | processor | sources |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for job in profile.runs:
+        if not_run(job):
+            lines.append(f"| {job.name} | {job.config.dataset} | {job.config.seed} | | not run: {not_run(job)} | | | |")
+            continue
+        metrics = checkpoints.read_json(job.output.with_name("metrics.json"))
+        scores, config = metrics["scores"], metrics["config"]
+        current = "current" if provenance.source_hash(metrics["modules"]) == metrics["source_hash"] else "changed since"
+        lines.append(
+            f"| [{job.name}](runs/{job.name}) | {config['dataset']} | {config['seed']} | {config['n_updates']} "
+            f"| {scores['mse']:.4f} ± {scores['mse_standard_error']:.4f} ({scores['n_images']} images) "
+            f"| {metrics['seconds']['training']:.0f} s | {metrics['environment']['processor']} | {current} |"
+        )
+    lines += ["", "MSE is per pixel on $[-1, 1]$, with its standard error over images.", "", "## Chapters", ""]
+    lines += ["| chapter | seconds to execute |", "|---|---|"]
+    lines += [f"| {{doc}}`{job.name}` | {checkpoints.read_json(job.result)['seconds']:.0f} |" for job in profile.chapters]
+    return "\n".join(lines) + "\n"
+
+
+def _refuse_unknown(path: Path, row: dict[str, Any], known: set[str]) -> None:
+    unknown = set(row) - known
+    if unknown:
+        raise PipelineError(f"{path}: unknown entry {', '.join(sorted(unknown))}; known: {', '.join(sorted(known))}")
+
+
+def _expected(job: Job) -> float:
+    """Seconds that the job took last time, or what the matrix says."""
+    with contextlib.suppress(checkpoints.CheckpointError):
+        return checkpoints.read_json(job.result)["seconds"]
+    return job.seconds
+
+
+def _sha256(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def _clock(seconds: float) -> str:
+    return f"{int(seconds) // 60}:{int(seconds) % 60:02d}"
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="command", required=True)
+    for command in ("run", "execute", "book"):
+        sub = commands.add_parser(command)
+        sub.add_argument("profile")
+        if command == "run":
+            sub.add_argument("--jobs", type=int, default=os.cpu_count() or 1)
+            sub.add_argument("--only", nargs="*", default=[])
+        if command == "execute":
+            sub.add_argument("name")
+        if command != "book":
+            sub.add_argument("--seeds", type=lambda text: [int(s) for s in text.split(",")])
+    given = parser.parse_args(arguments)
+    try:
+        if given.command == "book":
+            print(f"the book is at {build_book(load_profile(given.profile))}")
+            return 0
+        profile = load_profile(given.profile, given.seeds)
+        if given.command == "execute":
+            execute(profile.jobs[given.name], profile)
+            return 0
+        if given.jobs < 1:
+            raise PipelineError(f"--jobs {given.jobs}: at least one job at a time")
+        with locked(profile):
+            failed = run(profile, given.jobs, given.only)
+        if failed:
+            print(f"{len(failed)} failed: " + ", ".join(f"{n} ({profile.folder / 'logs' / (n + '.log')})" for n in failed))
+        return bool(failed)
+    except (PipelineError, checkpoints.CheckpointError) as error:
+        print(f"pipeline: {error}", file=sys.stderr)
+        return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,84 @@
+"""One style for every figure of the book, and the few plots that recur in it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import matplotlib as mpl
+import matplotlib.pyplot as plt
+import numpy as np
+import seaborn as sns
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from torch import Tensor
+
+# Colour-blind safe (Okabe and Ito); opaque white ground, so that figures are legible on dark pages too.
+PALETTE = sns.color_palette("colorblind")
+
+
+def use_style() -> None:
+    """Set the style of the book: call it once at the top of a notebook."""
+    sns.set_theme(context="notebook", style="ticks", palette=PALETTE)
+    mpl.rcParams.update(
+        {
+            "figure.dpi": 110,
+            "figure.figsize": (7.0, 3.4),
+            "figure.facecolor": "white",
+            "savefig.facecolor": "white",
+            "axes.spines.top": False,
+            "axes.spines.right": False,
+            "axes.titlesize": "medium",
+            "figure.constrained_layout.use": True,
+            "animation.html": "none",
+            "svg.hashsalt": "srlib",
+        }
+    )
+
+
+def image_rows(rows: Mapping[str, Tensor], columns: int = 12) -> Figure:
+    """Rows of images with their names on the left: name -> images [n, C, H, W] in [-1, 1], the first `columns` of each."""
+    figure, axes = plt.subplots(len(rows), 1, figsize=(8, 0.78 * len(rows)), squeeze=False)
+    for axis, (name, images) in zip(axes[:, 0], rows.items()):
+        axis.imshow(_strip(images[:columns]), cmap="gray", vmin=0, vmax=1, interpolation="nearest")
+        axis.set_ylabel(name, rotation=0, ha="right", va="center")
+        axis.set(xticks=[], yticks=[])
+        sns.despine(ax=axis, left=True, bottom=True)
+    return figure
+
+
+def image_grid(images: Tensor, columns: int = 12) -> Figure:
+    """A grid of images [n, C, H, W] in [-1, 1]."""
+    strips = [_strip(row) for row in images.split(columns) if len(row) == columns]
+    figure, axis = plt.subplots(figsize=(8, 8 * len(strips) / columns))
+    axis.imshow(np.concatenate(strips), cmap="gray", vmin=0, vmax=1, interpolation="nearest")
+    axis.set_axis_off()
+    return figure
+
+
+def learning_curves(history: Mapping[str, Sequence[float]], names: Mapping[str, str], window: int = 25) -> Figure:
+    """One panel per entry of `names` (history key -> axis label), each number a point, with a running mean over `window`."""
+    figure, axes = plt.subplots(1, len(names), figsize=(3.1 * len(names), 2.9), squeeze=False)
+    for axis, (key, label) in zip(axes[0], names.items()):
+        values = np.asarray(history[key])
+        axis.plot(values, color=PALETTE[0], alpha=0.25, linewidth=0.8)
+        if len(values) >= window:
+            smooth = np.convolve(values, np.ones(window) / window, mode="valid")
+            axis.plot(np.arange(len(smooth)) + window / 2, smooth, color=PALETTE[0])
+        axis.set(xlabel="update $t$", ylabel=label)
+        if values.min() > 0 and values.max() > 3 * values.min():
+            axis.set_yscale("log")
+    return figure
+
+
+def density_contours(axis: Axes, grid_x: Tensor, grid_y: Tensor, log_density: Tensor) -> None:
+    """Filled contours of exp(log_density) [ny, nx], relative to its maximum."""
+    density = (log_density - log_density.max()).exp()
+    axis.contourf(grid_x, grid_y, density, levels=np.linspace(0.02, 1, 9), cmap="Blues", antialiased=True)
+
+
+def _strip(images: Tensor) -> np.ndarray:
+    """Images side by side with a thin light gap, as [H, W', 3] or [H, W'] in [0, 1]."""
+    pixels = ((images.detach().cpu() + 1) / 2).clamp(0, 1).permute(0, 2, 3, 1).numpy()
+    padded = np.pad(pixels, ((0, 0), (1, 1), (1, 1), (0, 0)), constant_values=0.85)
+    strip = np.concatenate(list(padded), axis=1)
+    return strip if strip.shape[2] == 3 else strip[:, :, 0]
