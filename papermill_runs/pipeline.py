@@ -63,6 +63,7 @@ class Profile:
     name: str
     label: str
     jobs: dict[str, Job]
+    seeds: list[int] | None  # instead of those in the matrix
     root: Path = ROOT
 
     @property
@@ -114,7 +115,7 @@ def load_profile(name: str, seeds: list[int] | None = None, root: Path = ROOT) -
     for job in jobs.values():
         if not job.notebook.exists():
             raise PipelineError(f"{path}: there is no notebook {job.notebook}")
-    return Profile(name, matrix.get("label", ""), jobs, root)
+    return Profile(name, matrix.get("label", ""), jobs, seeds, root)
 
 
 def key(job: Job, profile: Profile) -> str:
@@ -231,9 +232,10 @@ def run(profile: Profile, n_jobs: int, only: list[str]) -> list[str]:
                 elif len(running) < n_jobs and not any(profile.jobs[n] in waiting or n in running for n in job.needs):
                     waiting.remove(job)
                     command = [*shlex.split(os.environ.get("LAUNCH", "")), sys.executable, __file__, "execute"]
+                    seeds = ["--seeds", ",".join(map(str, profile.seeds))] if profile.seeds is not None else []
                     with (logs / f"{job.name}.log").open("wb") as log:
                         child = subprocess.Popen(
-                            [*command, profile.name, job.name], stdout=log, stderr=log, env={**os.environ, **ONE_THREAD}
+                            [*command, profile.name, job.name, *seeds], stdout=log, stderr=log, env={**os.environ, **ONE_THREAD}
                         )
                     running[job.name] = (job, child, time.monotonic())
                     print(f"[  -/{len(stale)}] {job.name}  started", flush=True)

