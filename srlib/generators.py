@@ -101,7 +101,6 @@ class TopDownGenerator(Generator):
         up = [nn.ConvTranspose2d(a, b, 4, stride=2, padding=1) for a, b in zip(widths, widths[1:])]
         self.output = nn.Sequential(*[part for conv in up[:-1] for part in (conv, nn.GELU())], up[-1])
         self.apply(_xavier)
-        self.to(memory_format=torch.channels_last)  # the same numbers in the order that convolutions are fastest in
 
     def forward(self, e: Tensor) -> Tensor:
         """e [n, d] -> the mean image g(e) [n, C, H, W] in [-1, 1]."""
@@ -153,18 +152,14 @@ class LinearGenerator(Generator):
 
 
 class _Projection(nn.Module):
-    """p_l: [n, d_l] -> [n, channels, feature_size, feature_size], a linear layer and a transposed convolution.
-
-    A transposed convolution of stride 1 is a convolution with the kernel turned around, which is how it is written here:
-    the same functions with the same initial distribution, and faster on every processor tried.
-    """
+    """p_l: [n, d_l] -> [n, channels, feature_size, feature_size], a linear layer and a transposed convolution."""
 
     seed_channels = 4
 
     def __init__(self, latent_dim: int, channels: int, feature_size: int) -> None:
         super().__init__()
         self.linear = nn.Linear(latent_dim, self.seed_channels * feature_size**2)
-        self.conv = nn.Conv2d(self.seed_channels, channels, 5, padding=2)
+        self.conv = nn.ConvTranspose2d(self.seed_channels, channels, 5, padding=2)
         self.seed_shape = (self.seed_channels, feature_size, feature_size)
 
     def forward(self, z: Tensor) -> Tensor:
