@@ -1,0 +1,81 @@
+"""Files that are either whole or refused."""
+
+import json
+
+import pytest
+import torch
+
+from srlib import checkpoints, provenance
+from srlib.checkpoints import CheckpointError
+
+
+def test_tensors_and_metadata_come_back(tmp_path):
+    tensors = {"a": torch.randn(2, 3), "b": torch.arange(6).reshape(2, 3).T, "c": torch.tensor(1.5, dtype=torch.float64)}
+    checkpoints.save(tmp_path / "x.safetensors", tensors, {"t": 3, "names": ["ä"]})
+    loaded, metadata = checkpoints.load(tmp_path / "x.safetensors")
+    assert metadata == {"t": 3, "names": ["ä"]}
+    assert all(torch.equal(loaded[k], v) and loaded[k].dtype == v.dtype for k, v in tensors.items())
+    assert [p.name for p in tmp_path.iterdir()] == ["x.safetensors"]
+
+
+def test_damaged_and_foreign_files_are_refused(tmp_path):
+    path = tmp_path / "x.safetensors"
+    with pytest.raises(CheckpointError, match="there is no checkpoint"):
+        checkpoints.load(path)
+    checkpoints.save(path, {"a": torch.randn(100)}, {})
+    whole = path.read_bytes()
+    for damaged in (b"", whole[:50], whole[:-10], b"\xff" * 100):
+        path.write_bytes(damaged)
+        with pytest.raises(CheckpointError, match="x.safetensors"):
+            checkpoints.load(path)
+
+
+def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
+    path = tmp_path / "x.json"
+    checkpoints.write_json(path, {"a": 1})
+
+    def full(*arguments):
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr(checkpoints.os, "replace", full)
+    with pytest.raises(OSError, match="no space"):
+        checkpoints.write_json(path, {"a": 2})
+    assert checkpoints.read_json(path)["a"] == 1
+    assert [p.name for p in tmp_path.iterdir()] == ["x.json"]
+
+
+def test_edited_results_are_refused(tmp_path):
+    path = tmp_path / "metrics.json"
+    checkpoints.write_json(path, {"mse": 0.031, "dims": (1, 2)})
+    assert checkpoints.read_json(path)["dims"] == [1, 2]
+    edited = json.loads(path.read_text()) | {"mse": 0.011}
+    path.write_text(json.dumps(edited))
+    with pytest.raises(CheckpointError, match=r"metrics\.json was edited"):
+        checkpoints.read_json(path)
+    path.write_text("{")
+    with pytest.raises(CheckpointError, match="not JSON"):
+        checkpoints.read_json(path)
+    with pytest.raises(CheckpointError, match="there is no result"):
+        checkpoints.read_json(tmp_path / "other.json")
+    with pytest.raises(CheckpointError, match="cannot be written"):
+        checkpoints.write_json(path, {"mse": float("nan")})
+
+
+def test_what_a_run_imports_is_found_without_importing():
+    assert "srlib.plots" not in provenance.imported_modules(["srlib.experiment"])
+    reached = provenance.notebook_modules(["import srlib", "srlib.short_run(posterior)"])
+    assert "srlib.langevin" in reached and "srlib.closed_form" not in reached
+
+
+def test_the_source_hash_is_blind_to_comments_and_sees_code(tmp_path, monkeypatch):
+    import shutil
+
+    copy = tmp_path / "srlib"
+    shutil.copytree(provenance.LIBRARY, copy)
+    monkeypatch.setattr(provenance, "LIBRARY", copy)
+    before = provenance.source_hash(["srlib.langevin"])
+    path = copy / "langevin.py"
+    path.write_text("# a comment\n" + path.read_text().replace("Short run MCMC:", "Short runs:"))
+    assert provenance.source_hash(["srlib.langevin"]) == before
+    path.write_text(path.read_text().replace("noise_scale**2 / 2", "noise_scale**2 / 3"))
+    assert provenance.source_hash(["srlib.langevin"]) != before
