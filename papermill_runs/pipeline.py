@@ -307,12 +307,12 @@ def build_book(profile: Profile) -> Path:
             if chapter["file"] == "runs" and shown:
                 chapter["sections"] = [{"file": f"runs/{job.name}"} for job in shown]
     (source / "_toc.yml").write_text(yaml.safe_dump(toc, sort_keys=False))
-    command = [sys.executable, "-m", "jupyter_book.cli.main", "build", "-q", "-n", "-W", "--keep-going"]
+    command = [sys.executable, "-c", "from jupyter_book.cli.main import main; main()", "build", "-n", "-W", "--keep-going"]
     done = subprocess.run(
         [*command, "--path-output", str(target), str(source)], capture_output=True, text=True, cwd=target,
         env={**os.environ, "PYTHONWARNINGS": "ignore"},
     )  # fmt: skip
-    if done.returncode:
+    if done.returncode or not (target / "_build" / "html" / "index.html").exists():
         raise PipelineError(f"the book could not be built:\n{done.stdout[-4000:]}\n{done.stderr[-6000:]}")
     html = target / "html"
     shutil.rmtree(html, ignore_errors=True)

@@ -2,6 +2,7 @@
 
 import colorsys
 import gzip
+import os
 import struct
 import subprocess
 import sys
@@ -319,14 +320,20 @@ def test_damaged_idx(tmp_path, damage, packed):
         data.load("mnist", tmp_path)
 
 
-@pytest.mark.parametrize(
-    "damage", [lambda raw: raw[:-100], lambda raw: raw[:1000] + bytes(500) + raw[1500:], lambda raw: b"PK" + raw[2:]]
-)
+DAMAGED_GZIP = {
+    "truncated": lambda raw: raw[:-100],
+    "wrong checksum": lambda raw: raw[:1000] + bytes(500) + raw[1500:],
+    "no such block": lambda raw: raw[:10] + b"\xff" + raw[11:],
+    "no gzip": lambda raw: b"PK" + raw[2:],
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGED_GZIP)
 def test_damaged_gzip(tmp_path, damage):
     folder = tmp_path / "mnist" / "MNIST" / "raw"
     write_mnist(folder, packed=True)
     path = folder / "t10k-images-idx3-ubyte.gz"
-    path.write_bytes(damage(path.read_bytes()))
+    path.write_bytes(DAMAGED_GZIP[damage](path.read_bytes()))
     with pytest.raises(data.DataError, match=r"t10k-images-idx3-ubyte\.gz"):
         data.load("mnist", tmp_path)
 
@@ -425,8 +432,12 @@ def test_absurd_mat_header_is_refused_before_reading(tmp_path, monkeypatch):
     write_svhn(tmp_path / "svhn", part="test")
     write_svhn(tmp_path / "svhn", compressed=False)
     path = tmp_path / "svhn" / "train_32x32.mat"
-    small, huge = (struct.pack("<4i", 32, 32, 3, n) for n in (30, 500_000_000))
-    path.write_bytes(path.read_bytes().replace(small, huge, 1))
+    content = path.read_bytes()
+    for small, huge in (((32, 32, 3, 30), (32, 32, 3, 500_000_000)), ((30, 1), (500_000_000, 1))):
+        small, huge = (struct.pack(f"<{len(shape)}i", *shape) for shape in (small, huge))
+        assert content.count(small) == 1
+        content = content.replace(small, huge)
+    path.write_bytes(content)
     monkeypatch.setattr(scipy.io, "loadmat", lambda *args, **kwargs: pytest.fail("it was read"))
     with pytest.raises(data.DataError, match="500000000"):
         data.load("svhn", tmp_path)
@@ -552,6 +563,9 @@ def test_celeba_cache_follows_the_folder(tmp_path, monkeypatch):
     checkpoints.save(cache, {"images": torch.zeros(3, 3, 32, 32, dtype=torch.uint8)}, {})
     assert data.load("celeba32", tmp_path).fingerprint == first.fingerprint
 
+    os.utime(folder / "000001.jpg", (0, 0))  # perhaps another image of the same size
+    data.load("celeba32", tmp_path)
+    assert len(list(cache.parent.iterdir())) == 2
     (folder / "000001.jpg").write_bytes((folder / "000002.jpg").read_bytes())
     assert data.load("celeba32", tmp_path).fingerprint != first.fingerprint
 

@@ -1,0 +1,188 @@
+"""The pipeline on a small project of its own: what is repeated, what is refused, what survives."""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT / "papermill_runs"))
+import pipeline  # noqa: E402
+
+NOTEBOOK = """---
+jupytext:
+  text_representation:
+    format_name: myst
+kernelspec:
+  name: python3
+  display_name: Python 3
+---
+# {title}
+
+```{{code-cell}} ipython3
+:tags: [parameters]
+{parameters}
+```
+
+```{{code-cell}} ipython3
+{code}
+```
+"""
+RUN = """from pathlib import Path
+from srlib import checkpoints
+from srlib.data import DatasetUnavailable
+Path(output).mkdir(parents=True, exist_ok=True)
+if config["dataset"] == "mnist":
+    raise DatasetUnavailable("mnist: set SRLIB_DATA")
+if config["n_updates"] == 666:
+    raise ArithmeticError("this run fails")
+for name in ("metrics", "history"):
+    checkpoints.write_json(Path(output) / f"{name}.json", {"n_updates": config["n_updates"]})"""
+
+
+@pytest.fixture
+def project(tmp_path):
+    """A project with one run notebook and two chapters, of which the second reads the run."""
+    (tmp_path / "papermill_runs").mkdir()
+    (tmp_path / "book").mkdir()
+    parameters = 'config = {}\noutput = ""'
+    text = NOTEBOOK.format(title="Run", parameters=parameters, code=RUN)
+    (tmp_path / "papermill_runs" / "train.md").write_text(text)
+    for name in ("alone", "reader"):
+        text = NOTEBOOK.format(title=name, parameters='profile = ""', code="print(profile)")
+        (tmp_path / "book" / f"{name}.md").write_text(text)
+    matrix = {
+        "label": "small",
+        "runs": [{"name": "tiny", "n_updates": 3, "seconds": 5}],
+        "chapters": [{"notebook": "alone"}, {"notebook": "reader", "needs": ["tiny"]}],
+    }
+    write_matrix(tmp_path, matrix)
+    return tmp_path, matrix
+
+
+def write_matrix(root, matrix):
+    (root / "papermill_runs" / "quick.yaml").write_text(yaml.safe_dump(matrix))
+
+
+def execute_all(root):
+    """Execute what is not up to date, in this process; returns the names."""
+    profile, executed = pipeline.load_profile("quick", root=root), []
+    for job in profile.jobs.values():
+        if not pipeline.up_to_date(job, profile):
+            pipeline.execute(job, profile)
+            executed.append(job.name)
+    return executed
+
+
+def test_a_change_repeats_just_what_depends_on_it(project):
+    root, matrix = project
+    assert execute_all(root) == ["tiny-seed0", "alone", "reader"]
+    assert execute_all(root) == []
+    path = root / "book" / "alone.md"
+    path.write_text(path.read_text() + "\nMore prose.\n")
+    assert execute_all(root) == ["alone"]
+    matrix["runs"][0]["n_updates"] = 4
+    write_matrix(root, matrix)
+    assert execute_all(root) == ["tiny-seed0", "reader"]
+    result = root / "papermill_runs/quick/book/reader.ipynb"
+    result.write_text(result.read_text().replace("quick", "other"))
+    assert execute_all(root) == ["reader"]
+
+
+def test_results_hold_no_trace_of_the_machine(project):
+    root, _ = project
+    execute_all(root)
+    for path in (root / "papermill_runs/quick").rglob("*.ipynb"):
+        assert str(root) not in path.read_text() and "injected-parameters" not in path.read_text()
+    assert not list(root.rglob("*.partial.ipynb")) and not list(root.rglob("*.source.ipynb"))
+
+
+def test_edited_or_missing_results_stop_the_book_with_their_name(project):
+    root, _ = project
+    execute_all(root)
+    profile = pipeline.load_profile("quick", root=root)
+    run = profile.jobs["tiny-seed0"]
+    pipeline.verify(run)
+    metrics = run.output.with_name("metrics.json")
+    metrics.write_text(metrics.read_text().replace("3", "4", 1))
+    with pytest.raises(ValueError, match=r"metrics\.json was edited"):
+        pipeline.verify(run)
+    metrics.unlink()
+    with pytest.raises(ValueError, match=r"no result .*metrics\.json"):
+        pipeline.verify(run)
+    profile.jobs["alone"].output.unlink()
+    with pytest.raises(pipeline.PipelineError, match=r"alone\.ipynb is missing"):
+        pipeline.verify(profile.jobs["alone"])
+
+
+def test_mistyped_names_are_refused_before_anything_starts(project):
+    root, matrix = project
+    for change, message in [
+        ({"runs": [{"name": "tiny", "n_update": 3}]}, "run 'tiny': unknown configuration entry 'n_update'"),
+        ({"run": []}, "unknown entry run"),
+        ({"chapters": [{"notebook": "alone", "need": []}]}, "unknown entry need"),
+        ({"chapters": [{"notebook": "alone", "needs": ["tinny"]}]}, "needs"),
+        ({"chapters": [{"notebook": "nowhere"}]}, "there is no notebook"),
+    ]:
+        write_matrix(root, matrix | change)
+        with pytest.raises(pipeline.PipelineError, match=message):
+            pipeline.load_profile("quick", root=root)
+    with pytest.raises(pipeline.PipelineError, match="unknown profile 'quik'"):
+        pipeline.load_profile("quik", root=root)
+
+
+def test_a_parameter_that_the_notebook_does_not_have_is_refused(project):
+    root, _ = project
+    path = root / "book" / "alone.md"
+    path.write_text(path.read_text().replace('profile = ""', 'profil = ""'))
+    profile = pipeline.load_profile("quick", root=root)
+    with pytest.raises(pipeline.PipelineError, match=r"alone\.md has no parameter profile; it has profil"):
+        pipeline.execute(profile.jobs["alone"], profile)
+
+
+def test_seeds_replace_those_of_the_matrix(project):
+    root, _ = project
+    profile = pipeline.load_profile("quick", [0, 7], root)
+    assert [job.name for job in profile.runs] == ["tiny-seed0", "tiny-seed7"]
+    assert profile.jobs["reader"].needs == ("tiny-seed0", "tiny-seed7")
+    assert profile.jobs["tiny-seed7"].parameters["config"]["seed"] == 7
+
+
+def whole_pipeline(root, *arguments, **environment):
+    """The real command, with the pipeline of the project copied beside its notebooks."""
+    shutil.copy(ROOT / "papermill_runs" / "pipeline.py", root / "papermill_runs")
+    command = [sys.executable, "papermill_runs/pipeline.py", "run", "quick", *arguments]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), **environment}
+    return subprocess.run(command, cwd=root, capture_output=True, text=True, env=environment)
+
+
+def test_a_failure_stops_nothing_else_and_missing_data_is_no_failure(project):
+    root, matrix = project
+    matrix["runs"] += [{"name": "broken", "n_updates": 666}, {"name": "absent", "dataset": "mnist", "n_updates": 1}]
+    matrix["chapters"] += [{"notebook": "alone", "needs": ["tiny"]}]
+    matrix["chapters"] = [{"notebook": "alone"}, {"notebook": "reader", "needs": ["broken"]}]
+    write_matrix(root, matrix)
+    done = whole_pipeline(root, "--jobs", "2", LAUNCH="env MARK=1")
+    assert done.returncode == 1
+    assert "broken-seed0  FAILED" in done.stdout and "absent-seed0  not run (no data)" in done.stdout
+    assert "reader  not started: broken-seed0 failed" in done.stdout
+    results = root / "papermill_runs/quick"
+    assert (results / "tiny-seed0/job.json").exists() and (results / "book/alone.json").exists()
+    assert (results / "broken-seed0/train.failed.ipynb").exists() and not (results / "broken-seed0/train.ipynb").exists()
+    assert "this run fails" in (results / "logs/broken-seed0.log").read_text()
+    matrix["runs"][1]["n_updates"] = 1
+    write_matrix(root, matrix)
+    again = whole_pipeline(root, "--jobs", "2")
+    assert again.returncode == 0, again.stdout + again.stderr
+    assert "2 of 5 jobs are up to date" in again.stdout
+
+
+def test_two_at_once_get_a_clear_message(project):
+    root, _ = project
+    with pipeline.locked(pipeline.load_profile("quick", root=root)):
+        done = whole_pipeline(root)
+    assert done.returncode == 1 and "another run-all of the profile quick is at work" in done.stderr
