@@ -16,15 +16,19 @@ import pipeline  # noqa: E402
 NOTEBOOK = """---
 jupytext:
   text_representation:
+    extension: .md
     format_name: myst
 kernelspec:
-  name: python3
   display_name: Python 3
+  language: python
+  name: python3
 ---
+
 # {title}
 
 ```{{code-cell}} ipython3
 :tags: [parameters]
+
 {parameters}
 ```
 
