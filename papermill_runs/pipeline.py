@@ -16,6 +16,7 @@ import contextlib
 import hashlib
 import json
 import os
+import re
 import shlex
 import shutil
 import subprocess
@@ -36,6 +37,7 @@ from srlib.experiment import Config
 
 ROOT = Path(__file__).resolve().parent.parent
 PROFILES = ("quick", "digits", "reference", "paper")
+THEBE = re.compile(r"<script[^>]*>[^<]*THEBE_JS_URL[^<]*</script>|<script[^>]*sphinx-thebe\.js[^>]*></script>")
 # Each job computes with one thread, so that its result does not depend on how many run side by side.
 ONE_THREAD = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), "1")
 
@@ -318,6 +320,9 @@ def build_book(profile: Profile) -> Path:
     shutil.rmtree(html, ignore_errors=True)
     (target / "_build" / "html").rename(html)
     shutil.rmtree(target / "_build")
+    for page in html.rglob("*.html"):
+        # Jupyter Book sets up Thebe (live code from a remote server) twice on each page; this book does not use it
+        page.write_text(THEBE.sub("", page.read_text()))
     return html / "index.html"
 
 

@@ -10,6 +10,7 @@ import numpy as np
 import seaborn as sns
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 from torch import Tensor
 
 # Colour-blind safe (Okabe and Ito); opaque white ground, so that figures are legible on dark pages too.
@@ -67,6 +68,9 @@ def learning_curves(history: Mapping[str, Sequence[float]], names: Mapping[str, 
         axis.set(xlabel="update $t$", ylabel=label)
         if values.min() > 0 and values.max() > 3 * values.min():
             axis.set_yscale("log")
+            axis.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+            axis.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+            axis.yaxis.set_minor_locator(NullLocator())
     return figure
 
 
