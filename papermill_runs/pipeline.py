@@ -19,6 +19,7 @@ import os
 import re
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -124,7 +125,8 @@ def key(job: Job, profile: Profile) -> str:
     """The hash of everything that the job's result depends on."""
     notebook = jupytext.read(job.notebook)
     cells = [cell.source for cell in notebook.cells if cell.cell_type == "code"]
-    results = [checkpoints.read_json(profile.jobs[run].result)["key"] for run in job.needs if not not_run(profile.jobs[run])]
+    read = [profile.jobs[run] for run in job.needs if not not_run(profile.jobs[run])]
+    results = [checkpoints.read_json(run.output.with_name("metrics.json"))["checksum"] for run in read]
     parts = [
         job.notebook.read_text(),
         json.dumps(job.parameters, sort_keys=True),
@@ -143,9 +145,26 @@ def not_run(job: Job) -> str | None:
 def up_to_date(job: Job, profile: Profile) -> bool:
     """Whether the result is whole, unedited and made from today's sources."""
     try:
-        done = checkpoints.read_json(job.result)
-        return done["key"] == key(job, profile) and done["notebook"] == _sha256(job.output)
-    except (checkpoints.CheckpointError, FileNotFoundError, KeyError):
+        verify(job)
+        return checkpoints.read_json(job.result)["key"] == key(job, profile)
+    except (PipelineError, checkpoints.CheckpointError, KeyError):
+        return False
+
+
+def training_key(job: Job) -> str:
+    """The hash of what the training itself depends on: not how the notebook shows it, nor the style of its figures."""
+    source = provenance.source_hash(provenance.imported_modules(["srlib.experiment"]))
+    return checkpoints.checksum({"config": job.parameters["config"], "source": source})
+
+
+def trained(job: Job) -> bool:
+    """Whether the run directory holds a whole, unedited training with this configuration and today's sources."""
+    folder = job.output.parent
+    try:
+        metrics, _ = (checkpoints.read_json(folder / f"{name}.json") for name in ("metrics", "history"))
+        same = metrics["config"] == job.parameters["config"]
+        return same and metrics["source_hash"] == provenance.source_hash(metrics["modules"])
+    except (checkpoints.CheckpointError, KeyError):
         return False
 
 
@@ -159,11 +178,12 @@ def execute(job: Job, profile: Profile) -> None:
     job.output.parent.mkdir(parents=True, exist_ok=True)
     failed, begun = job.output.with_suffix(".failed.ipynb"), job.output.with_suffix(".begun")
     job.output.with_name("not_run.json").unlink(missing_ok=True) if job.config else None
-    if job.config is not None and not (begun.exists() and begun.read_text() == wanted):
-        # what an earlier key left behind is no part of this run; the same key resumes it
-        for stale in job.output.parent.iterdir():
-            stale.unlink()
-        checkpoints.atomic_write(begun, wanted.encode())
+    if job.config is not None and not trained(job):
+        # an interrupted training goes on; what another configuration or older sources left behind is no part of this one
+        if not (begun.exists() and begun.read_text() == training_key(job)):
+            shutil.rmtree(job.output.parent)
+            job.output.parent.mkdir()
+        checkpoints.atomic_write(begun, training_key(job).encode())
     notebook.metadata["kernelspec"] = {"name": "python3", "display_name": "Python 3", "language": "python"}
     source, partial = job.output.with_suffix(".source.ipynb"), job.output.with_suffix(".partial.ipynb")
     nbformat.write(notebook, source)
@@ -197,14 +217,21 @@ def check_parameters(notebook: nbformat.NotebookNode, job: Job) -> None:
 
 
 def without_machine_traces(notebook: nbformat.NotebookNode) -> nbformat.NotebookNode:
-    """The notebook without papermill's paths and without what is printed to stderr (progress bars)."""
+    """The notebook without papermill's paths and without what is printed to stderr (progress bars).
+
+    The values that papermill injected take the place of the defaults, so that a downloaded notebook shows what it ran with.
+    """
     notebook.metadata.pop("papermill", None)
     for cell in notebook.cells:
         cell.metadata.pop("papermill", None)
         if cell.cell_type == "code":
             cell.metadata.pop("execution", None)
             cell.outputs = [out for out in cell.outputs if out.get("name") != "stderr"]
-    notebook.cells = [cell for cell in notebook.cells if "injected-parameters" not in cell.metadata.get("tags", [])]
+    tagged = {tag: cell for cell in notebook.cells for tag in cell.metadata.get("tags", [])}
+    if "injected-parameters" in tagged:
+        injected = tagged["injected-parameters"]
+        tagged["parameters"].source = injected.source.removeprefix("# Parameters\n")
+        notebook.cells.remove(injected)
     return notebook
 
 
@@ -247,9 +274,9 @@ def run(profile: Profile, n_jobs: int, only: list[str]) -> list[str]:
                 del running[name]
                 finished.add(name)
                 took, elapsed = time.monotonic() - begun, time.monotonic() - started
-                left = sum(_expected(j) for j in waiting) + sum(
-                    max(0.0, _expected(j) - (time.monotonic() - b)) for j, _, b in running.values()
-                )
+                ahead = [max(0.0, _expected(j) - (time.monotonic() - b)) for j, _, b in running.values()]
+                ahead += [_expected(j) for j in waiting]
+                left = max([sum(ahead) / n_jobs, *ahead])
                 word = "done"
                 if child.returncode:
                     failed.append(name)
@@ -258,7 +285,7 @@ def run(profile: Profile, n_jobs: int, only: list[str]) -> list[str]:
                     word = "not run (no data),"
                 print(
                     f"[{len(finished):3d}/{len(stale)}] {name}  {word} in {took:.0f} s  "
-                    f"(elapsed {_clock(elapsed)}, about {_clock(left / n_jobs)} left)",
+                    f"(elapsed {_clock(elapsed)}, about {_clock(left)} left)",
                     flush=True,
                 )
             time.sleep(0.1)
@@ -266,6 +293,8 @@ def run(profile: Profile, n_jobs: int, only: list[str]) -> list[str]:
         print("stopping; what is finished stays, calling again goes on", flush=True)
         for _, child, _ in running.values():
             child.terminate()
+        for _, child, _ in running.values():
+            child.wait()
         raise SystemExit(130) from None
     return failed
 
@@ -409,6 +438,8 @@ def main(arguments: list[str] | None = None) -> int:
             return 0
         if given.jobs < 1:
             raise PipelineError(f"--jobs {given.jobs}: at least one job at a time")
+        # stopped by a batch system as by Ctrl-C: the children are stopped too
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
         with locked(profile):
             failed = run(profile, given.jobs, given.only)
         if failed:

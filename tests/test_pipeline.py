@@ -6,8 +6,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+import nbformat
 import pytest
 import yaml
+
+from srlib import checkpoints
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "papermill_runs"))
@@ -95,14 +98,40 @@ def test_a_change_repeats_just_what_depends_on_it(project):
     result = root / "papermill_runs/quick/book/reader.ipynb"
     result.write_text(result.read_text().replace("quick", "other"))
     assert execute_all(root) == ["reader"]
+    metrics = root / "papermill_runs/quick/tiny-seed0/metrics.json"
+    metrics.write_text(metrics.read_text().replace("4", "5", 1))
+    assert execute_all(root) == ["tiny-seed0"]
 
 
-def test_results_hold_no_trace_of_the_machine(project):
+def test_results_show_their_parameters_and_no_trace_of_the_machine(project):
     root, _ = project
     execute_all(root)
     for path in (root / "papermill_runs/quick").rglob("*.ipynb"):
         assert str(root) not in path.read_text() and "injected-parameters" not in path.read_text()
     assert not list(root.rglob("*.partial.ipynb")) and not list(root.rglob("*.source.ipynb"))
+    notebook = nbformat.read(root / "papermill_runs/quick/book/alone.ipynb", as_version=4)
+    assert 'profile = "quick"' in notebook.cells[1].source
+
+
+def test_a_finished_training_is_only_shown_again_when_its_notebook_changes(project):
+    root, _ = project
+    path = root / "papermill_runs" / "train.md"
+    sealed = """, "config": config, "modules": ["srlib.langevin"], "source_hash": source_hash(["srlib.langevin"])})"""
+    code = RUN.replace("})", sealed).replace("from pathlib", "from srlib.provenance import source_hash\nfrom pathlib")
+    path.write_text(path.read_text().replace(RUN, code))
+    profile = pipeline.load_profile("quick", root=root)
+    pipeline.execute(profile.jobs["tiny-seed0"], profile)
+    model = root / "papermill_runs/quick/tiny-seed0/model"
+    model.write_text("weights")
+    path.write_text(path.read_text() + "\nMore prose.\n")
+    assert not pipeline.up_to_date(profile.jobs["tiny-seed0"], profile)
+    pipeline.execute(profile.jobs["tiny-seed0"], profile)
+    assert model.exists()
+    metrics = model.with_name("metrics.json")
+    older = {name: value for name, value in checkpoints.read_json(metrics).items() if name != "checksum"}
+    checkpoints.write_json(metrics, older | {"source_hash": "of older sources"})
+    pipeline.execute(profile.jobs["tiny-seed0"], profile)
+    assert not model.exists()
 
 
 def test_edited_or_missing_results_stop_the_book_with_their_name(project):
