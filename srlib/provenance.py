@@ -188,9 +188,16 @@ def _canonical(node: object) -> object:
     """A syntax tree as nested tuples without docstrings, positions and empty fields (which differ between versions of Python)."""
     if isinstance(node, ast.AST):
         fields = dict(ast.iter_fields(node))
-        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef) and ast.get_docstring(node) is not None:
+        if (
+            isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef)
+            and ast.get_docstring(node) is not None
+        ):
             fields["body"] = node.body[1:]
-        kept = ((name, value) for name, value in sorted(fields.items()) if value is not None and value != [] and name != "kind")
+        kept = (
+            (name, value)
+            for name, value in sorted(fields.items())
+            if value is not None and value != [] and name != "kind"
+        )
         return (type(node).__name__, *((name, _canonical(value)) for name, value in kept))
     if isinstance(node, list):
         return tuple(_canonical(item) for item in node)

@@ -54,7 +54,9 @@ class System(nn.Module):
         e = self.generator.sample_prior(n, rng)
         if source == "aggregate":
             if not self.aggregate_count:
-                raise ValueError("source='aggregate' needs the Gaussian of the inferred latents: call fit_aggregate first")
+                raise ValueError(
+                    "source='aggregate' needs the Gaussian of the inferred latents: call fit_aggregate first"
+                )
             e = self.aggregate_mean + e @ self.aggregate_scale.T
         elif source != "prior":
             raise ValueError(f"source={source!r} must be 'prior' or 'aggregate'")
@@ -77,4 +79,3 @@ class System(nn.Module):
         parameter = next(self.parameters())
         images = images.to(parameter.device)
         return (to_unit_range(images) if images.dtype == torch.uint8 else images).to(parameter.dtype)
-

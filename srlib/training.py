@@ -87,7 +87,9 @@ class TrainingLoop:
     def __post_init__(self) -> None:
         if len(self.images) < 1:
             raise ValueError("there are no training images")
-        self.optimizer = torch.optim.Adam(self.system.parameters(), lr=self.plan.learning_rate(0), betas=self.plan.betas)
+        self.optimizer = torch.optim.Adam(
+            self.system.parameters(), lr=self.plan.learning_rate(0), betas=self.plan.betas
+        )
         self.order = torch.empty(0, dtype=torch.int64)
         if self.directory is not None and self._file.exists():
             self._restore()
@@ -154,7 +156,9 @@ class TrainingLoop:
         plan = {key: list(v) if isinstance(v, tuple) else v for key, v in asdict(self.plan).items()}
         if saved["plan"] != plan:
             raise checkpoints.CheckpointError(f"{self._file} belongs to another training plan; remove it to start anew")
-        self.system.load_state_dict({k.removeprefix("system."): v for k, v in tensors.items() if k.startswith("system.")})
+        self.system.load_state_dict(
+            {k.removeprefix("system."): v for k, v in tensors.items() if k.startswith("system.")}
+        )
         moments: dict[int, dict[str, Tensor]] = {}
         for key, value in tensors.items():
             if key.startswith("adam."):

@@ -10,7 +10,11 @@ from srlib.checkpoints import CheckpointError
 
 
 def test_tensors_and_metadata_come_back(tmp_path):
-    tensors = {"a": torch.randn(2, 3), "b": torch.arange(6).reshape(2, 3).T, "c": torch.tensor(1.5, dtype=torch.float64)}
+    tensors = {
+        "a": torch.randn(2, 3),
+        "b": torch.arange(6).reshape(2, 3).T,
+        "c": torch.tensor(1.5, dtype=torch.float64),
+    }
     checkpoints.save(tmp_path / "x.safetensors", tensors, {"t": 3, "names": ["ä"]})
     loaded, metadata = checkpoints.load(tmp_path / "x.safetensors")
     assert metadata == {"t": 3, "names": ["ä"]}

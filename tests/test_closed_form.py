@@ -52,7 +52,9 @@ def test_short_run_kl_is_the_kl_of_the_two_gaussians(linear_posterior):
     posterior = linear_posterior(n=2, mask=True)
     exact = srlib.ClosedForm(posterior)
     s = 0.9 / torch.linalg.eigvalsh(exact.precision).max().item()
-    q, p = (torch.distributions.MultivariateNormal(*m) for m in (exact.short_run_moments(s, 5), exact.posterior_moments()))
+    q, p = (
+        torch.distributions.MultivariateNormal(*m) for m in (exact.short_run_moments(s, 5), exact.posterior_moments())
+    )
     torch.testing.assert_close(exact.short_run_kl(s, 5), torch.distributions.kl_divergence(q, p))
     assert (exact.short_run_kl(s, 5) > 0).all()
 

@@ -21,7 +21,12 @@ def finished(tmp_path_factory):
 
 def test_a_run_directory_holds_everything(finished):
     output, metrics = finished
-    assert sorted(p.name for p in output.iterdir()) == ["config.yaml", "history.json", "metrics.json", "model.safetensors"]
+    assert sorted(p.name for p in output.iterdir()) == [
+        "config.yaml",
+        "history.json",
+        "metrics.json",
+        "model.safetensors",
+    ]
     assert checkpoints.read_json(output / "metrics.json").items() >= json.loads(json.dumps(metrics)).items()
     assert metrics["scores"]["n_images"] == 1000 and 0 < metrics["scores"]["mse"] < 4
     assert {"recognised_originals", "recognised_reconstructions", "noise_scale"} <= set(metrics["scores"])

@@ -53,7 +53,9 @@ def test_the_rows_of_table_4_are_added_as_printed():
 
 
 @pytest.mark.parametrize("latent_dims", [(8,), (4, 5, 6), (4, 4, 4, 6, 8)])
-@pytest.mark.parametrize("image_shape, feature_size", [((1, 28, 28), 7), ((1, 28, 28), 14), ((3, 32, 32), 8), ((3, 64, 64), 16)])
+@pytest.mark.parametrize(
+    "image_shape, feature_size", [((1, 28, 28), 7), ((1, 28, 28), 14), ((3, 32, 32), 8), ((3, 64, 64), 16)]
+)
 @pytest.mark.parametrize("channels", [4, 12])
 def test_shapes_over_layers_sizes_and_channels(latent_dims, image_shape, feature_size, channels, device):
     g = srlib.TopDownGenerator(latent_dims, image_shape, channels, feature_size).to(device)

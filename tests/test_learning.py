@@ -83,7 +83,9 @@ def test_the_step_size_is_updated_after_every_ts_parameter_updates(images):
     assert [n for n, _, _ in seen] == [6, 6]
     assert seen[0][1] == pytest.approx(0.4 * 0.5 ** (4 / 6)) and seen[1][1] == 0.2
     in_units_of_sigma = torch.tensor(history["step_size"]) / torch.tensor(history["sigma"]) ** 2
-    torch.testing.assert_close(in_units_of_sigma / in_units_of_sigma[0], torch.tensor([1.0] * 5 + [0.5] * 5 + [0.25] * 2))
+    torch.testing.assert_close(
+        in_units_of_sigma / in_units_of_sigma[0], torch.tensor([1.0] * 5 + [0.5] * 5 + [0.25] * 2)
+    )
     assert system.step_size == pytest.approx(2e-3 / 4)
 
 

@@ -205,7 +205,9 @@ def test_a_failure_stops_nothing_else_and_missing_data_is_no_failure(project):
     assert "reader  not started: broken-seed0 failed" in done.stdout
     results = root / "papermill_runs/quick"
     assert (results / "tiny-seed0/job.json").exists() and (results / "book/alone.json").exists()
-    assert (results / "broken-seed0/train.failed.ipynb").exists() and not (results / "broken-seed0/train.ipynb").exists()
+    assert (results / "broken-seed0/train.failed.ipynb").exists() and not (
+        results / "broken-seed0/train.ipynb"
+    ).exists()
     assert "this run fails" in (results / "logs/broken-seed0.log").read_text()
     matrix["runs"][1]["n_updates"] = 1
     write_matrix(root, matrix)

@@ -19,7 +19,10 @@ except ModuleNotFoundError:  # Python 3.10
 ROOT = Path(__file__).parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 DIRECT = [Requirement(r) for r in (*PROJECT["dependencies"], *sum(PROJECT["optional-dependencies"].values(), []))]
-NOTEBOOKS = [*(p for p in sorted((ROOT / "book").glob("*.md")) if "kernelspec" in p.read_text()), ROOT / "papermill_runs/train.md"]
+NOTEBOOKS = [
+    *(p for p in sorted((ROOT / "book").glob("*.md")) if "kernelspec" in p.read_text()),
+    ROOT / "papermill_runs/train.md",
+]
 
 
 def locked(python):

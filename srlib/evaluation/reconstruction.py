@@ -18,9 +18,7 @@ def squared_error(images: Tensor, reconstructed: Tensor) -> Tensor:
     return (images - reconstructed).square().flatten(1).mean(1)
 
 
-def recognised(
-    train_images: Tensor, train_labels: Tensor, images: Tensor, labels: Tensor
-) -> tuple[Tensor, float]:
+def recognised(train_images: Tensor, train_labels: Tensor, images: Tensor, labels: Tensor) -> tuple[Tensor, float]:
     """Which images [n, C, H, W] an independent classifier gives their true label: [n] bool, and the fraction.
 
     The classifier is scikit-learn's support vector machine with a Gaussian kernel, trained here on the training images
