@@ -101,7 +101,10 @@ def load_profile(name: str, seeds: list[int] | None = None, root: Path = ROOT) -
                 raise PipelineError(f"{path}, run {row.get('name')!r}: {error}") from error
             run = f"{config.name}-seed{seed}"
             here = folder / run
-            parameters = {"config": json.loads(json.dumps(asdict(config))), "output": os.path.relpath(here, root / "papermill_runs")}
+            parameters = {
+                "config": json.loads(json.dumps(asdict(config))),
+                "output": os.path.relpath(here, root / "papermill_runs"),
+            }
             notebook = root / "papermill_runs" / "train.md"
             jobs[run] = Job(run, notebook, here / "train.ipynb", here / "job.json", parameters, (), seconds, config)
     for row in matrix.get("chapters") or []:
@@ -189,7 +192,12 @@ def execute(job: Job, profile: Profile) -> None:
     nbformat.write(notebook, source)
     try:
         papermill.execute_notebook(
-            str(source), str(partial), job.parameters, cwd=str(job.notebook.parent), progress_bar=False, kernel_name="python3"
+            str(source),
+            str(partial),
+            job.parameters,
+            cwd=str(job.notebook.parent),
+            progress_bar=False,
+            kernel_name="python3",
         )
     except papermill.PapermillExecutionError as error:
         if error.ename == DatasetUnavailable.__name__:
@@ -210,10 +218,14 @@ def execute(job: Job, profile: Profile) -> None:
 def check_parameters(notebook: nbformat.NotebookNode, job: Job) -> None:
     """Refuse parameters that the notebook's `parameters` cell does not have: papermill would silently ignore them."""
     cells = [cell.source for cell in notebook.cells if "parameters" in cell.metadata.get("tags", [])]
-    known = {line.split("=")[0].strip() for cell in cells for line in cell.splitlines() if "=" in line and line[:1].isalpha()}
+    known = {
+        line.split("=")[0].strip() for cell in cells for line in cell.splitlines() if "=" in line and line[:1].isalpha()
+    }
     unknown = sorted(set(job.parameters) - known)
     if unknown:
-        raise PipelineError(f"{job.notebook.name} has no parameter {', '.join(unknown)}; it has {', '.join(sorted(known))}")
+        raise PipelineError(
+            f"{job.notebook.name} has no parameter {', '.join(unknown)}; it has {', '.join(sorted(known))}"
+        )
 
 
 def without_machine_traces(notebook: nbformat.NotebookNode) -> nbformat.NotebookNode:
@@ -239,12 +251,17 @@ def run(profile: Profile, n_jobs: int, only: list[str]) -> list[str]:
     """Bring all jobs up to date, `n_jobs` at a time; returns the names of those that failed."""
     unknown = set(only) - set(profile.jobs)
     if unknown:
-        raise PipelineError(f"no such run or chapter: {', '.join(sorted(unknown))}; there are: {', '.join(profile.jobs)}")
+        raise PipelineError(
+            f"no such run or chapter: {', '.join(sorted(unknown))}; there are: {', '.join(profile.jobs)}"
+        )
     chosen = [job for name, job in profile.jobs.items() if not only or name in only]
     # a run's result decides the keys of the chapters that read it, so runs come first
     stale = [job for job in chosen if not (not_run(job) is None and up_to_date(job, profile))]
     stale = [job for job in chosen if job in stale or any(profile.jobs[n] in stale for n in job.needs)]
-    print(f"{profile.name}: {len(chosen) - len(stale)} of {len(chosen)} jobs are up to date, {len(stale)} to run", flush=True)
+    print(
+        f"{profile.name}: {len(chosen) - len(stale)} of {len(chosen)} jobs are up to date, {len(stale)} to run",
+        flush=True,
+    )
     waiting = sorted(stale, key=lambda job: (job.config is None, -_expected(job)))
     logs, started = profile.folder / "logs", time.monotonic()
     logs.mkdir(parents=True, exist_ok=True)
@@ -264,7 +281,10 @@ def run(profile: Profile, n_jobs: int, only: list[str]) -> list[str]:
                     seeds = ["--seeds", ",".join(map(str, profile.seeds))] if profile.seeds is not None else []
                     with (logs / f"{job.name}.log").open("wb") as log:
                         child = subprocess.Popen(
-                            [*command, profile.name, job.name, *seeds], stdout=log, stderr=log, env={**os.environ, **ONE_THREAD}
+                            [*command, profile.name, job.name, *seeds],
+                            stdout=log,
+                            stderr=log,
+                            env={**os.environ, **ONE_THREAD},
                         )
                     running[job.name] = (job, child, time.monotonic())
                     print(f"[  -/{len(stale)}] {job.name}  started", flush=True)
@@ -311,7 +331,9 @@ def locked(profile: Profile) -> Iterator[None]:
         except ImportError:  # Windows has no such lock
             pass
         except OSError:
-            raise PipelineError(f"another run-all of the profile {profile.name} is at work; wait for it or stop it") from None
+            raise PipelineError(
+                f"another run-all of the profile {profile.name} is at work; wait for it or stop it"
+            ) from None
         yield
 
 
@@ -330,7 +352,7 @@ def build_book(profile: Profile) -> Path:
     (source / "runs").mkdir()
     shown = [job for job in profile.runs if job.output.exists()]
     for job in shown:
-        shutil.copy(job.output, source / "runs" / f"{job.name}.ipynb")
+        nbformat.write(with_title(nbformat.read(job.output, as_version=4)), source / "runs" / f"{job.name}.ipynb")
     (source / "runs.md").write_text(runs_page(profile))
     toc = yaml.safe_load((source / "_toc.yml").read_text())
     for part in toc["parts"]:
@@ -338,7 +360,15 @@ def build_book(profile: Profile) -> Path:
             if chapter["file"] == "runs" and shown:
                 chapter["sections"] = [{"file": f"runs/{job.name}"} for job in shown]
     (source / "_toc.yml").write_text(yaml.safe_dump(toc, sort_keys=False))
-    command = [sys.executable, "-c", "from jupyter_book.cli.main import main; main()", "build", "-n", "-W", "--keep-going"]
+    command = [
+        sys.executable,
+        "-c",
+        "from jupyter_book.cli.main import main; main()",
+        "build",
+        "-n",
+        "-W",
+        "--keep-going",
+    ]
     done = subprocess.run(
         [*command, "--path-output", str(target), str(source)], capture_output=True, text=True, cwd=target,
         env={**os.environ, "PYTHONWARNINGS": "ignore"},
@@ -365,6 +395,18 @@ def verify(job: Job) -> None:
         checkpoints.read_json(job.output.with_name("history.json"))
 
 
+def with_title(notebook: nbformat.NotebookNode) -> nbformat.NotebookNode:
+    """The notebook with the heading that its code printed as a cell of its own: Sphinx takes no title from an output."""
+    for cell in notebook.cells:
+        for output in cell.get("outputs", []):
+            heading, _, rest = output.get("data", {}).get("text/markdown", "").partition("\n")
+            if heading.startswith("# "):
+                output.data["text/markdown"] = rest.lstrip()
+                notebook.cells.insert(0, nbformat.v4.new_markdown_cell(heading))
+                return notebook
+    return notebook
+
+
 def runs_page(profile: Profile) -> str:
     """The status page: every run with its scores, where and when it ran, and whether today's sources would repeat it."""
     lines = [
@@ -389,7 +431,9 @@ def runs_page(profile: Profile) -> str:
         )
     lines += ["", "MSE is per pixel on $[-1, 1]$, with its standard error over images.", "", "## Chapters", ""]
     lines += ["| chapter | seconds to execute |", "|---|---|"]
-    lines += [f"| {{doc}}`{job.name}` | {checkpoints.read_json(job.result)['seconds']:.0f} |" for job in profile.chapters]
+    lines += [
+        f"| {{doc}}`{job.name}` | {checkpoints.read_json(job.result)['seconds']:.0f} |" for job in profile.chapters
+    ]
     return "\n".join(lines) + "\n"
 
 
@@ -443,7 +487,9 @@ def main(arguments: list[str] | None = None) -> int:
         with locked(profile):
             failed = run(profile, given.jobs, given.only)
         if failed:
-            print(f"{len(failed)} failed: " + ", ".join(f"{n} ({profile.folder / 'logs' / (n + '.log')})" for n in failed))
+            print(
+                f"{len(failed)} failed: " + ", ".join(f"{n} ({profile.folder / 'logs' / (n + '.log')})" for n in failed)
+            )
         return bool(failed)
     except (PipelineError, checkpoints.CheckpointError) as error:
         print(f"pipeline: {error}", file=sys.stderr)
