@@ -1,0 +1,424 @@
+"""The entropy of a short run: log|det dF/de_0| and what can be said with it about log q_s(e_K).
+
+    dF/de_0 = (I + D_{K-1} H_{K-1}) ... (I + D_0 H_0),    H_k = d^2/de^2 log p(e|x) at e_k,        Eq. (12)
+    log|det dF/de_0| = sum_k log|det(I + D_k^1/2 H_k D_k^1/2)|,    D_k = diag(s_k)                 Eqs. (13), (17)
+
+The estimators are functions (posterior, chain) -> [n] that stand for log q_s(e_K), each chain one draw:
+
+    change_of_variables   log p(e_0) - log|det dF/de_0|                                            Eq. (17), one draw
+    equation_17           log mean_j p(e_0) / |det dF(e_0, eps_j)/de_0|                            Eq. (17) as printed
+    semi_implicit         log mean_j p(e_0j) / |det dF(e_0j, eps_j)/de_0|,  F(e_0j, eps_j) = e_K   Eqs. (13)-(14)
+    linear_noise          -1/2 log det(2 pi e S_K),  S_{k+1} = A_k S_k A_k' + 2 D_k,  A_k = I + D_k H_k,  S_0 = I
+    path                  log p(e_0) + sum_k log N(e_{k+1} | e_k) - log B(e_k | e_{k+1})
+
+The first is an upper bound of E log q_s where every step is one-to-one, since conditioning on the noise loses the entropy
+that the noise adds; where steps fold, it bounds nothing. Averages over true preimages tighten it (Eq. 14); Eq. (17) as printed keeps
+e_0 under every noise, where another e_0 would lead to e_K. `linear_noise` is exact for linear generators and an
+approximation elsewhere. `path` is an upper bound always (a reverse process B, here two kinds, in the extended space).
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from .generators import randn_like
+from .langevin import Chain, short_run
+from .posterior import Posterior, frozen
+
+Method = Literal["stepwise", "row_by_row", "low_rank"]
+
+# Hessian-vector products at once. More does not make a CPU faster, and each holds one image's activations.
+PRODUCTS_AT_ONCE = 1024
+# Largest relative error of an eigenvalue of dF/de_0 that "row_by_row" passes over in silence.
+TOLERATED_EIGENVALUE_ERROR = 1e-6
+
+
+def log_abs_det_jacobian(
+    posterior: Posterior, chain: Chain, method: Method = "stepwise", chunk_size: int | None = None
+) -> Tensor:
+    """log|det dF/de_0| of each chain, with its noise held fixed: [n], in float64.
+
+    method : "stepwise" adds K determinants of symmetric d x d matrices, from the Hessians at e_0, ..., e_{K-1}.
+        "row_by_row" is section 5.5: the Jacobian of all K steps, one row by one vector-Jacobian product each, then
+        its eigenvalues; it loses precision with the condition number of dF/de_0 and warns when it does.
+        "low_rank" takes a few directions exactly and estimates the rest (`low_rank_log_abs_det`).
+    chunk_size : Hessians computed at a time ("stepwise" only); bounds the memory, changes nothing else.
+
+    "stepwise" and "row_by_row" are differentiable with respect to a `step_size` that requires gradients.
+    """
+    if method == "stepwise":
+        return _log_abs_dets(step_jacobians(posterior, chain, chunk_size)).sum(0)
+    if method == "row_by_row":
+        return _row_by_row(posterior, chain)
+    if method == "low_rank":
+        return low_rank_log_abs_det(posterior, chain).value
+    raise ValueError(f"method={method!r} is unknown; there are: stepwise, row_by_row, low_rank")
+
+
+def step_jacobians(posterior: Posterior, chain: Chain, chunk_size: int | None = None) -> Tensor:
+    """I + D_k^1/2 H_k D_k^1/2 for every step: [K, n, d, d] in float64, symmetric.
+
+    Similar to the Jacobian I + D_k H_k of step k (and equal to it where s_k is one number), so it has the same eigenvalues.
+    """
+    root = _step_sizes(chain).sqrt()
+    h = hessians(posterior, _with_trajectory(posterior, chain).trajectory[:-1], chunk_size)
+    eye = torch.eye(h.shape[-1], dtype=h.dtype, device=h.device)
+    return eye + root[..., :, None] * h * root[..., None, :]
+
+
+def hessians(posterior: Posterior, states: Tensor, chunk_size: int | None = None) -> Tensor:
+    """H = d^2/de^2 log p(e|x) at states [K, n, d] of the n images: [K, n, d, d] in float64.
+
+    Differentiable in the states: the backward pass computes third derivatives, chunk by chunk, so that memory stays bounded by
+    `chunk_size` states (by default as many as make PRODUCTS_AT_ONCE Hessian-vector products).
+    """
+    n_steps, n, d = states.shape
+    chunk_size = chunk_size or max(1, PRODUCTS_AT_ONCE // d)
+    image = torch.arange(n, device=states.device).repeat(n_steps)
+    flat = zip(states.reshape(-1, d).split(chunk_size), image.split(chunk_size))
+    found = [_Hessian.apply(e, posterior[index]) for e, index in flat]
+    return torch.cat(found).double().reshape(n_steps, n, d, d)
+
+
+class _Hessian(torch.autograd.Function):
+    """H(e) of each image; keeps e alone for the backward pass and computes the graph there again."""
+
+    @staticmethod
+    def forward(ctx: Any, e: Tensor, posterior: Posterior) -> Tensor:
+        ctx.posterior = posterior
+        ctx.save_for_backward(e)
+        return posterior.hessian(e)
+
+    @staticmethod
+    def backward(ctx: Any, weight: Tensor) -> tuple[Tensor, None]:
+        (e,) = ctx.saved_tensors
+        n, d = e.shape
+        rows = (0.5 * (weight + weight.mT)).transpose(0, 1)  # [d, n, d]
+        basis = torch.eye(d, dtype=e.dtype, device=e.device)[:, None, :].expand(d, n, d)
+        with torch.enable_grad(), frozen(ctx.posterior.generator):
+            e = e.detach().requires_grad_()
+            score = ctx.posterior.score(e, create_graph=True)
+            (h,) = torch.autograd.grad(score, e, basis, create_graph=True, is_grads_batched=True)
+            # a linear generator's Hessian does not depend on e at all
+            gradient = torch.autograd.grad((rows * h).sum(), e)[0] if h.requires_grad else torch.zeros_like(e)
+        return gradient, None
+
+
+# --- log q_s(e_K), estimated ------------------------------------------------------------------------------------------
+
+
+def change_of_variables(posterior: Posterior, chain: Chain, chunk_size: int | None = None) -> Tensor:
+    """log p(e_0) - log|det dF/de_0|, the log density of e_K given the noise (Eq. 13) where F is one-to-one: [n]."""
+    return _log_prior(chain.initial) - log_abs_det_jacobian(posterior, chain, chunk_size=chunk_size)
+
+
+def equation_17(posterior: Posterior, chain: Chain, noises: Tensor, chunk_size: int | None = None) -> Tensor:
+    """log mean_j p(e_0) / |det dF(e_0, eps_j)/de_0|: the inner average of Eq. (17) as it is printed, [n].
+
+    noises : further draws of eps, [J, K, n, d]; the chain's own is one of the J + 1 in the average.
+    """
+    draws = [chain, *(_replayed(posterior, chain, noise) for noise in noises)]
+    return _log_mean_exp([change_of_variables(posterior, draw, chunk_size) for draw in draws])
+
+
+def semi_implicit(posterior: Posterior, chain: Chain, noises: Tensor, chunk_size: int | None = None) -> Tensor:
+    """log of the average over noises of q_s(e_K | eps_j), each by Eq. (13) with the preimage of e_K under eps_j: [n].
+
+    An upper bound of log q_s on average, which gets tight as J grows (Yin & Zhou 2018 use it in semi-implicit inference).
+
+    noises : further draws of eps, [J, K, n, d]; the chain's own is one of the J + 1 in the average.
+
+    Raises ValueError where a step has no inverse that fixed-point iteration finds (s too large for the curvature).
+    """
+    draws = [chain, *(backwards(posterior, chain.final, chain.step_size, noise) for noise in noises)]
+    return _log_mean_exp([change_of_variables(posterior, draw, chunk_size) for draw in draws])
+
+
+def linear_noise(posterior: Posterior, chain: Chain, chunk_size: int | None = None) -> Tensor:
+    """Minus the entropy of N(., S_K), S_{k+1} = A_k S_k A_k' + 2 D_k with A_k = I + D_k H_k, S_0 = I: [n].
+
+    Exact for a linear generator. Elsewhere no bound: it takes the curvature along one chain for that along all.
+    """
+    if chain.noise is None:
+        raise ValueError("a deterministic chain has no noise whose entropy counts; use change_of_variables")
+    s = _step_sizes(chain)
+    d = s.shape[-1]
+    jacobians = step_jacobians(posterior, chain, chunk_size)
+    # S_k = D_k^1/2 R R' D_k^1/2; a QR factorisation keeps R triangular. R is never squared, so that directions that
+    # contract keep their digits beside directions that overshoot.
+    root = torch.eye(d, dtype=s.dtype, device=s.device).expand(s.shape[1], d, d)
+    noise = math.sqrt(2) * torch.eye(d, dtype=s.dtype, device=s.device).expand_as(root)
+    previous = torch.ones_like(s[0])
+    for s_k, jacobian in zip(s, jacobians):
+        in_units = (previous / s_k).sqrt()[..., None] * root  # D_k^-1/2 S_k D_k^-1/2 = in_units in_units'
+        stacked = torch.cat([jacobian @ in_units, noise], dim=-1)
+        root = torch.linalg.qr(stacked.mT, mode="reduced")[1].mT
+        previous = s_k
+    log_det = 2 * root.diagonal(dim1=-2, dim2=-1).abs().log().sum(-1) + previous.log().sum(-1)
+    return -0.5 * (log_det + d * math.log(2 * math.pi * math.e))
+
+
+def path(posterior: Posterior, chain: Chain) -> Tensor:
+    """log p(e_0) + sum_k log N(e_{k+1}; e_k + s_k score(e_k), 2 s_k) - log N(e_k; e_{k+1} + s_k score(e_{k+1}), 2 s_k): [n].
+
+    The reverse process walks the same Langevin step back. On average never below E log q_s, and far above it at every
+    step size: it cannot choose one (annealed importance sampling needs annealed targets to make this tight).
+    """
+    chain = _with_trajectory(posterior, chain)
+    states, s = chain.trajectory.double(), _step_sizes(chain)
+    scores = torch.stack([posterior.score(e, create_graph=e.requires_grad) for e in chain.trajectory[1:]]).double()
+    forward = _log_step_noise(chain)
+    backward = _log_normal(states[:-1] - states[1:] - s * scores, 2 * s)
+    return _log_prior(chain.initial) + (forward - backward).sum(0)
+
+
+def path_gaussian(posterior: Posterior, chain: Chain, chunk_size: int | None = None) -> Tensor:
+    """The bound of `path` with the reverse kernels of the linear dynamics that agrees with the chain around e_{k+1}: [n].
+
+    B(e_k | e_{k+1}, e_K) is what Bayes' rule makes of e_{k+1} = e_k + D_k score(e_k) + noise, linearised at e_{k+1}, and of the
+    law N(m_k, S_k) of e_k under the posterior's curvature at e_K. Exact for a linear generator; an upper bound of
+    E log q_s elsewhere, because each kernel looks at later states only.
+    """
+    chain = _with_trajectory(posterior, chain)
+    states, s = chain.trajectory.double(), _step_sizes(chain)
+    create_graph = chain.trajectory.requires_grad
+    scores = torch.stack([posterior.score(e, create_graph=create_graph) for e in chain.trajectory[1:]]).double()
+    h = hessians(posterior, chain.trajectory[1:], chunk_size)
+    means, covariances = _linear_marginals(states[-1], scores[-1], h[-1], s)
+    total = _log_prior(chain.initial) + _log_step_noise(chain).sum(0)
+    eye = torch.eye(s.shape[-1], dtype=s.dtype, device=s.device)
+    for k in range(chain.n_steps):
+        # e_{k+1} = c + A e_k + noise, from score(e_k) = score(e_{k+1}) + H (e_k - e_{k+1})
+        a = eye + s[k][..., :, None] * h[k]
+        offset = s[k] * scores[k] - (s[k][..., :, None] * h[k] @ states[k + 1][..., None]).squeeze(-1)
+        prior_precision = torch.linalg.inv(covariances[k])
+        weighted = a.mT / (2 * s[k])[..., None, :]
+        precision = prior_precision + weighted @ a
+        pull = prior_precision @ means[k][..., None] + weighted @ (states[k + 1] - offset)[..., None]
+        mean = torch.linalg.solve(precision, pull).squeeze(-1)
+        gap = states[k] - mean
+        distance = torch.einsum("ni,nij,nj->n", gap, precision, gap)
+        log_kernel = 0.5 * (torch.linalg.slogdet(precision)[1] - distance - len(eye) * math.log(2 * math.pi))
+        total = total - log_kernel
+    return total
+
+
+# --- the other two ways to log|det dF/de_0| --------------------------------------------------------------------------
+
+
+def _row_by_row(posterior: Posterior, chain: Chain) -> Tensor:
+    """Section 5.5 as written: rows of dF/de_0 by vector-Jacobian products through all K steps, then eigenvalues."""
+    n, d = chain.initial.shape
+    differentiable = chain.step_size.requires_grad and torch.is_grad_enabled()
+    deterministic = chain.noise is None
+    with torch.enable_grad():
+        start = chain.initial.detach().requires_grad_()
+        final = short_run(posterior, chain.n_steps, chain.step_size, start, chain.noise, deterministic).final
+        basis = torch.eye(d, dtype=final.dtype, device=final.device)[:, None, :].expand(d, n, d)
+        (rows,) = torch.autograd.grad(final, start, basis, create_graph=differentiable, is_grads_batched=True)
+    jacobian = rows.transpose(0, 1)
+    precision = torch.finfo(jacobian.dtype).eps
+    condition = torch.linalg.cond(jacobian.detach().double()).max().item()
+    if condition * precision > TOLERATED_EIGENVALUE_ERROR:
+        warnings.warn(
+            f"dF/de_0 has condition number {condition:.1e}: in {jacobian.dtype} its small eigenvalues are lost, and "
+            'log|det| with them; method="stepwise" keeps them',
+            RuntimeWarning,
+            stacklevel=3,
+        )
+    return torch.linalg.eigvals(jacobian.double()).abs().log().sum(-1)
+
+
+@dataclass(frozen=True)
+class LowRankLogDet:
+    """What `low_rank_log_abs_det` returns.
+
+    value, standard_error : log|det dF/de_0| and the standard error of its random part, [n] each, float64.
+    n_products : Hessian-vector products spent on each chain; "stepwise" takes K d.
+    """
+
+    value: Tensor
+    standard_error: Tensor
+    n_products: int
+
+
+def low_rank_log_abs_det(
+    posterior: Posterior,
+    chain: Chain,
+    rank: int = 36,
+    n_probes: int = 8,
+    n_lanczos: int = 4,
+    rng: torch.Generator | None = None,
+) -> LowRankLogDet:
+    """log|det dF/de_0| from a few directions exactly and the others by stochastic Lanczos quadrature.
+
+    The spectrum of I + s H is 1 - s plus the directions that the image determines. With Q an orthonormal basis of the stiffest,
+    det M = det(Q'MQ) det(S), S the Schur complement of Q'MQ. Q is found by subspace iteration along the chain, where
+    each step starts from the last one's basis. log|det S| is estimated from random unit vectors u orthogonal to Q,
+    (d - rank) u' log|S| u, by Gauss quadrature with `n_lanczos` Lanczos steps each (Ubaru, Chen & Saad 2017): almost without
+    variance, since S is almost a multiple of the identity.
+
+    rank : directions in Q, at most d - 1.    n_probes : random vectors u, at least 2, which give the standard error.
+    """
+    n, d = chain.initial.shape
+    if not 1 <= rank < d:
+        raise ValueError(f"rank={rank} must lie between 1 and d - 1 = {d - 1}")
+    if n_probes < 2 or not 1 <= n_lanczos <= d - rank:
+        raise ValueError(f"n_probes={n_probes} must be at least 2 and n_lanczos={n_lanczos} within 1 ... {d - rank}")
+    rng = rng or torch.Generator().manual_seed(0)
+    states = _with_trajectory(posterior, chain).trajectory[:-1].detach()
+    roots = _step_sizes(chain).detach().sqrt()
+    q = randn_like(roots.new_empty(n, d, rank), rng)
+    value, variance = roots.new_zeros(n), roots.new_zeros(n)
+    for e, root in zip(states, roots):
+
+        def multiply(v: Tensor, e: Tensor = e, root: Tensor = root[..., None]) -> Tensor:
+            """M v for v [n, d, q], M = I + D^1/2 H D^1/2."""
+            return v + root * _hessian_times(posterior, e, root * v)
+
+        centre = 1 - root.square().mean(-1)[:, None, None]
+        q = torch.linalg.qr(multiply(q) - centre * q)[0]
+        mq = multiply(q)
+        core = q.mT @ mq
+        u = randn_like(roots.new_empty(n, d, n_probes), rng)
+        u = u - q @ (q.mT @ u)
+        estimates = (d - rank) * _log_quadrature(
+            lambda v: _schur_times(multiply, q, mq, core, v),  # noqa: B023 (called within this turn of the loop)
+            u / u.norm(dim=1, keepdim=True),
+            n_lanczos,
+        )
+        value = value + torch.linalg.slogdet(core)[1] + estimates.mean(-1)
+        variance = variance + estimates.var(-1) / n_probes
+    return LowRankLogDet(value, variance.sqrt(), chain.n_steps * (2 * rank + n_probes * n_lanczos))
+
+
+def _hessian_times(posterior: Posterior, e: Tensor, v: Tensor) -> Tensor:
+    """H(e) v for v [n, d, q], PRODUCTS_AT_ONCE at a time: [n, d, q] with v's dtype."""
+    size = max(1, PRODUCTS_AT_ONCE // v.shape[2])
+    cuts = [slice(i, i + size) for i in range(0, len(e), size)]
+    products = [posterior[c].hessian_product(e[c], v[c].permute(2, 0, 1).to(e.dtype)) for c in cuts]
+    return torch.cat(products, dim=1).permute(1, 2, 0).to(v.dtype)
+
+
+def _schur_times(multiply: Callable[[Tensor], Tensor], q: Tensor, mq: Tensor, core: Tensor, v: Tensor) -> Tensor:
+    """S v for v orthogonal to q: S = P (M - Mq (q'Mq)^-1 q'M) P with P = I - q q'."""
+    image = multiply(v) - mq @ torch.linalg.solve(core, mq.mT @ v)
+    return image - q @ (q.mT @ image)
+
+
+def _log_quadrature(multiply: Callable[[Tensor], Tensor], u: Tensor, n_steps: int) -> Tensor:
+    """u' log|S| u for unit vectors u [n, d, q] by `n_steps` steps of Lanczos: [n, q]."""
+    diagonal, off_diagonal = [], []
+    previous, beta = torch.zeros_like(u), u.new_zeros(len(u), 1, u.shape[2])
+    for _ in range(n_steps):
+        image = multiply(u) - beta * previous
+        alpha = (u * image).sum(1, keepdim=True)
+        image = image - alpha * u
+        beta = image.norm(dim=1, keepdim=True)
+        diagonal.append(alpha.squeeze(1))
+        off_diagonal.append(beta.squeeze(1))
+        previous, u = u, image / beta.clamp_min(torch.finfo(u.dtype).tiny)
+    between = torch.stack(off_diagonal[:-1], -1) if n_steps > 1 else u.new_zeros(*diagonal[0].shape, 0)
+    tridiagonal = torch.diag_embed(torch.stack(diagonal, -1))
+    tridiagonal = tridiagonal + torch.diag_embed(between, 1) + torch.diag_embed(between, -1)
+    nodes, vectors = torch.linalg.eigh(tridiagonal)
+    return (vectors[..., 0, :].square() * nodes.abs().log()).sum(-1)
+
+
+# --- small parts ------------------------------------------------------------------------------------------------------
+
+
+def backwards(
+    posterior: Posterior, final: Tensor, step_size: Tensor, noise: Tensor, tolerance: float = 1e-10, n_max: int = 2000
+) -> Chain:
+    """The chain that arrives at `final` [n, d] under `noise` [K, n, d]; its `initial` is F^-1(final, noise).
+
+    Goes back step by step, e = e' - sqrt(2 s) eps - s score(e), by fixed-point iteration, which converges where s is below
+    1 / (largest curvature): there every step is one-to-one.
+
+    Raises ValueError where it does not converge to `tolerance`, relative to the largest latent, in `n_max` iterations.
+    """
+    states = [final.detach()]
+    for k in reversed(range(len(noise))):
+        s = step_size.expand(noise.shape)[k].to(final.dtype)
+        target = states[-1] - (2 * s).sqrt() * noise[k]
+        e = states[-1]
+        for _ in range(n_max):
+            previous, e = e, target - s * posterior.score(e)
+            change = (e - previous).abs().max() / (1 + e.abs().max())
+            if not change > tolerance:
+                break
+        if not change <= tolerance:
+            raise ValueError(
+                f"step {k} with step size {s.max():.3g} has no inverse that the iteration finds (last relative change "
+                f"{change:.1g}): it is one-to-one only below 1 / (largest curvature); use a smaller step size"
+            )
+        states.append(e)
+    trajectory = torch.stack(states[::-1])
+    return Chain(trajectory[-1], trajectory[0], step_size, len(noise), trajectory, noise, None)
+
+
+def _with_trajectory(posterior: Posterior, chain: Chain) -> Chain:
+    return chain if chain.trajectory is not None else _replayed(posterior, chain, chain.noise)
+
+
+def _replayed(posterior: Posterior, chain: Chain, noise: Tensor | None) -> Chain:
+    """A chain from the same start with the same step sizes under `noise`, its trajectory kept."""
+    return short_run(
+        posterior,
+        chain.n_steps,
+        chain.step_size,
+        chain.initial,
+        noise,
+        deterministic=noise is None,
+        keep_trajectory=True,
+    )
+
+
+def _step_sizes(chain: Chain) -> Tensor:
+    """s as [K, n, d] in float64."""
+    return chain.step_size.double().expand(chain.n_steps, *chain.initial.shape)
+
+
+def _log_abs_dets(matrices: Tensor) -> Tensor:
+    return torch.linalg.slogdet(matrices)[1]
+
+
+def _log_prior(e: Tensor) -> Tensor:
+    return -0.5 * (e.double().square().sum(-1) + e.shape[-1] * math.log(2 * math.pi))
+
+
+def _log_normal(difference: Tensor, variance: Tensor) -> Tensor:
+    """log N(difference; 0, diag(variance)), summed over the latents."""
+    return -0.5 * (difference.square() / variance + (2 * math.pi * variance).log()).sum(-1)
+
+
+def _log_step_noise(chain: Chain) -> Tensor:
+    """log of the density of each Langevin step, log N(e_{k+1}; e_k + s_k score(e_k), 2 s_k): [K, n]."""
+    if chain.noise is None:
+        raise ValueError("a deterministic chain has no transition density; run it with noise")
+    s = _step_sizes(chain)
+    return _log_normal((2 * s).sqrt() * chain.noise.double(), 2 * s)
+
+
+def _log_mean_exp(values: list[Tensor]) -> Tensor:
+    return torch.logsumexp(torch.stack(values), 0) - math.log(len(values))
+
+
+def _linear_marginals(final: Tensor, score: Tensor, h: Tensor, s: Tensor) -> tuple[list[Tensor], list[Tensor]]:
+    """Mean [n, d] and covariance [n, d, d] of e_0, ..., e_{K-1} if the score were score(e_K) + H(e_K) (e - e_K)."""
+    eye = torch.eye(h.shape[-1], dtype=h.dtype, device=h.device)
+    means, covariances = [torch.zeros_like(final)], [eye.expand_as(h)]
+    for s_k in s[:-1]:
+        a = eye + s_k[..., :, None] * h
+        drift = score + (h @ (means[-1] - final)[..., None]).squeeze(-1)
+        means.append(means[-1] + s_k * drift)
+        covariances.append(a @ covariances[-1] @ a.mT + torch.diag_embed(2 * s_k))
+    return means, covariances

@@ -1,0 +1,266 @@
+"""The step size as a variational parameter.
+
+    KL(q_s || p(e|x)) = E_{q_s}[log q_s(e) - log p(x, e)] + log p(x)                               Eqs. (18)-(19)
+    min over s of the mean over images i of KL(q_s(e_i) || p(e_i|x_i))                             Eq. (20)
+
+log p(x) does not depend on s, so the objective is E_{q_s}[log q_s(e) - log p(x, e)], which can never be below -log p(x). How
+log q_s is estimated is the subject of `entropy`. All candidates are compared under common random numbers: the same
+e_0 and eps for every s.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from . import entropy
+from .generators import randn_like
+from .langevin import Chain, DivergenceError, short_run
+from .posterior import Posterior, frozen
+
+Share = Literal["all", "step", "layer", "example"]
+LogDensity = Callable[[Posterior, Chain], Tensor]
+ESTIMATORS = ("change_of_variables", "equation_17", "semi_implicit", "linear_noise", "path", "path_gaussian")
+
+
+def kl_objective(
+    posterior: Posterior,
+    step_size: float | Tensor,
+    n_steps: int = 25,
+    estimator: str = "change_of_variables",
+    initial: Tensor | None = None,
+    noise: Tensor | None = None,
+    rng: torch.Generator | None = None,
+    n_noise: int = 10,
+) -> Tensor:
+    """log q_s(e_K) - log p(x, e_K) of one chain for each image: [n], float64; its mean estimates Eq. (19) without log p(x).
+
+    Parameters
+    ----------
+    step_size : s as in `short_run`; the result is differentiable with respect to it if it requires gradients.
+    estimator : which estimator of log q_s, one of ESTIMATORS (see `entropy`).
+    initial, noise : e_0 [n, d] and eps [K, n, d]; None draws them from `rng`, in this order.
+    n_noise : J, further noise draws of "equation_17" and "semi_implicit", drawn from `rng` last.
+
+    The same arguments give the same bits; two step sizes are compared fairly with the same `initial` and `noise`, or with
+    generators of the same seed.
+
+    Raises ValueError for arguments that do not fit, `DivergenceError` for a chain that left all bounds.
+    """
+    rng = rng or torch.Generator().manual_seed(int(torch.randint(2**62, ())))
+    with frozen(posterior.generator):
+        chain = short_run(posterior, n_steps, step_size, initial, noise, rng=rng, keep_trajectory=True)
+        log_q = _log_density(estimator, chain, n_noise, rng)
+        return log_q(posterior, chain) - posterior.log_joint(chain.final).double()
+
+
+@dataclass(frozen=True)
+class StepSizeResult:
+    """A step size and the evidence for it.
+
+    step_size : the s with the lowest objective, ready for `short_run`: [] (share="all"), [K, 1, 1] ("step"), [d] ("layer": the
+        same number for all latents of one layer) or [n, 1] ("example").
+    candidates : what was tried, in order: the grid, or the iterates of the descent; [C, *step_size.shape].
+    values : log q_s(e_K) - log p(x, e_K) for each candidate and image: [C, n]; inf where a chain diverged or an entropy
+        was not finite.
+    """
+
+    step_size: Tensor
+    candidates: Tensor
+    values: Tensor
+
+    @property
+    def objective(self) -> Tensor:
+        """Mean over images, Eq. (20): [C]."""
+        return self.values.mean(1)
+
+    @property
+    def standard_error(self) -> Tensor:
+        """Standard error of `objective` over images and chains: [C]; nan for a single image."""
+        return self.values.std(1) / self.values.shape[1] ** 0.5
+
+    @property
+    def best(self) -> int:
+        """Index of the candidate with the lowest objective."""
+        return int(self.objective.argmin())
+
+    @property
+    def plausible(self) -> Tensor:
+        """Which candidates are within two standard errors of the best, by paired differences: [C], bool."""
+        excess = self.values - self.values[self.best]
+        return excess.mean(1) <= 2 * excess.std(1) / excess.shape[1] ** 0.5
+
+    @property
+    def local_minima(self) -> list[int]:
+        """Indices of the candidates of a sorted grid that lie below both neighbours."""
+        padded = torch.nn.functional.pad(self.objective, (1, 1), value=math.inf)
+        return ((padded[1:-1] < padded[:-2]) & (padded[1:-1] < padded[2:])).nonzero().flatten().tolist()
+
+
+def grid_search_step_size(
+    posterior: Posterior,
+    candidates: Sequence[float | Tensor],
+    n_steps: int = 25,
+    estimator: str = "linear_noise",
+    share: Literal["all", "example"] = "all",
+    rng: torch.Generator | None = None,
+) -> StepSizeResult:
+    """The best of `candidates` for Eq. (20), each tried with the same e_0 and eps (section 5.5, Fig. 6a).
+
+    candidates : step sizes, or schedules of one shape that broadcasts to [K, n, d].
+    share : "all" takes one for all images; "example" the best for each image (numbers only).
+
+    Raises ValueError if no candidate gives a finite objective.
+    """
+    if not len(candidates):
+        raise ValueError(
+            "candidates is empty; a usual grid is step_size_from_noise_scale(delta), delta = 0.01 ... 0.15"
+        )
+    rng = rng or torch.Generator().manual_seed(int(torch.randint(2**62, ())))
+    tried = torch.stack([torch.as_tensor(s, dtype=torch.float64) for s in candidates])
+    if share not in ("all", "example") or (share == "example" and tried.ndim > 1):
+        raise ValueError(
+            f"share={share!r}: a grid of numbers is shared by 'all' or chosen by 'example', schedules by 'all'"
+        )
+    values = torch.stack([_values(posterior, s, n_steps, estimator, rng.clone_state()) for s in tried])
+    if not values.mean(1).isfinite().any():
+        raise ValueError(
+            f"no candidate from {tried.min():.3g} to {tried.max():.3g} gives a finite objective; try smaller ones"
+        )
+    if share == "example":
+        return StepSizeResult(tried[values.argmin(0)][:, None], tried, values)
+    return StepSizeResult(tried[values.mean(1).argmin()], tried, values)
+
+
+def descend_step_size(
+    posterior: Posterior,
+    initial: float | Tensor,
+    n_steps: int = 25,
+    share: Share = "all",
+    estimator: str = "linear_noise",
+    n_iterations: int = 50,
+    learning_rate: float = 0.1,
+    rng: torch.Generator | None = None,
+) -> StepSizeResult:
+    """Gradient descent on Eq. (20) over log s by Adam, through chain, determinants and all (section 5.5, Fig. 6b).
+
+    initial : s to start from, a number or a tensor that broadcasts to the shape that `share` says.
+    share : one s for "all", one per "step" (section 4.3 leaves it to future work), per "layer", or per "example".
+
+    e_0 and eps are drawn once and kept, so the objective is a function of s and the best iterate is the answer. An iterate whose
+    chain diverges sends the descent back to the best one with half the learning rate.
+
+    Raises `DivergenceError` if the chain diverges at `initial`, ValueError for arguments that do not fit.
+    """
+    if n_iterations < 1 or not learning_rate > 0:
+        raise ValueError(f"n_iterations={n_iterations} must be at least 1 and learning_rate={learning_rate} positive")
+    rng = rng or torch.Generator().manual_seed(int(torch.randint(2**62, ())))
+    log_s = _shared(posterior, initial, n_steps, share).log().requires_grad_()
+    sizes = torch.tensor(posterior.generator.latent_dims, device=log_s.device)
+    expand = partial(torch.repeat_interleave, repeats=sizes) if share == "layer" else (lambda s: s)
+    optimiser = torch.optim.Adam([log_s], learning_rate)
+    candidates, values, best = [], [], log_s.detach().clone()
+    for _ in range(n_iterations):
+        s = expand(log_s.exp())
+        try:
+            value = kl_objective(posterior, s, n_steps, estimator, rng=rng.clone_state())
+            (gradient,) = torch.autograd.grad(value.mean(), log_s)
+        except DivergenceError:
+            if not values:
+                raise
+            value, gradient = torch.full_like(values[0], math.inf), torch.full_like(log_s, math.inf)
+        candidates.append(s.detach())
+        values.append(value.detach())
+        if not (value.isfinite().all() and gradient.isfinite().all()):
+            log_s.data.copy_(best)
+            learning_rate /= 2
+            optimiser = torch.optim.Adam([log_s], learning_rate)
+            continue
+        if value.mean() <= min(v.mean() for v in values):
+            best = log_s.detach().clone()
+        log_s.grad = gradient
+        optimiser.step()
+    values = torch.stack(values)
+    return StepSizeResult(expand(best.exp()), torch.stack(candidates), values)
+
+
+@dataclass(frozen=True)
+class StepSizeSearch:
+    """Line 5 of Algorithm 1: how s is updated every T_s iterations, on a few images of the current batch.
+
+    method : "grid" tries `factors` times the current s; "descent" takes `n_iterations` steps of Adam from it.
+    n_images : images of the batch that the objective is measured on, with one chain each.
+    """
+
+    method: Literal["grid", "descent"] = "grid"
+    estimator: str = "linear_noise"
+    n_images: int = 4
+    factors: tuple[float, ...] = (0.64, 0.8, 1.0, 1.25, 1.5625)
+    n_iterations: int = 2
+    learning_rate: float = 0.15
+
+    def __post_init__(self) -> None:
+        if self.method not in ("grid", "descent"):
+            raise ValueError(f"method={self.method!r} is unknown; there are: grid, descent")
+        _checked_estimator(self.estimator)
+        if self.n_images < 1 or not self.factors or min(self.factors) <= 0:
+            raise ValueError(f"n_images={self.n_images} must be at least 1, factors={self.factors} positive")
+
+    def __call__(self, posterior: Posterior, step_size: Tensor, n_steps: int, rng: torch.Generator) -> StepSizeResult:
+        """The updated s for the posterior's sigma, from `step_size` (a number), with random numbers from `rng`."""
+        few, current = posterior[: self.n_images], float(step_size)
+        if self.method == "grid":
+            candidates = [current * factor for factor in self.factors]
+            return grid_search_step_size(few, candidates, n_steps, self.estimator, rng=rng)
+        n, rate = self.n_iterations, self.learning_rate
+        return descend_step_size(few, current, n_steps, "all", self.estimator, n, rate, rng)
+
+
+def _values(posterior: Posterior, s: Tensor, n_steps: int, estimator: str, rng: torch.Generator) -> Tensor:
+    """`kl_objective`, with inf where there is no finite value."""
+    try:
+        values = kl_objective(posterior, s, n_steps, estimator, rng=rng)
+    except DivergenceError:
+        return torch.full((len(posterior),), math.inf, dtype=torch.float64, device=posterior.x.device)
+    return torch.where(values.isfinite(), values, math.inf)
+
+
+def _log_density(estimator: str, chain: Chain, n_noise: int, rng: torch.Generator) -> LogDensity:
+    function = getattr(entropy, _checked_estimator(estimator))
+    if estimator not in ("equation_17", "semi_implicit"):
+        return function
+    if n_noise < 1:
+        raise ValueError(f"n_noise={n_noise}: {estimator} averages over at least 1 further draw of the noise")
+    draw = chain.initial.new_empty(n_noise, chain.n_steps, *chain.initial.shape)
+    return partial(function, noises=randn_like(draw, rng))
+
+
+def _checked_estimator(estimator: str) -> str:
+    if estimator not in ESTIMATORS:
+        raise ValueError(f"estimator={estimator!r} is unknown; there are: {', '.join(ESTIMATORS)}")
+    return estimator
+
+
+def _shared(posterior: Posterior, initial: float | Tensor, n_steps: int, share: Share) -> Tensor:
+    shapes = {
+        "all": (),
+        "step": (n_steps, 1, 1),
+        "layer": (len(posterior.generator.latent_dims),),
+        "example": (len(posterior), 1),
+    }
+    if share not in shapes:
+        raise ValueError(f"share={share!r} is unknown; there are: {', '.join(shapes)}")
+    start = torch.as_tensor(initial, dtype=torch.float64, device=posterior.x.device)
+    try:
+        start = start.expand(shapes[share]).clone()
+    except RuntimeError:
+        raise ValueError(f"initial has shape {tuple(start.shape)}, share={share!r} needs {shapes[share]}") from None
+    if not ((start > 0) & (start < math.inf)).all():
+        raise ValueError(f"initial={initial} must be positive and finite; a usual value is 1.25e-3")
+    return start
