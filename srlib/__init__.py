@@ -7,6 +7,7 @@ implements.
 
 from .closed_form import ClosedForm
 from .data import Dataset, DatasetUnavailable, load, to_uint8, to_unit_range
+from .entropy import LowRankLogDet, log_abs_det_jacobian, low_rank_log_abs_det
 from .generators import Generator, LinearGenerator, TopDownGenerator
 from .langevin import (
     Chain,
@@ -18,6 +19,13 @@ from .langevin import (
 )
 from .learning import ShortRun
 from .posterior import Posterior
+from .step_size import (
+    StepSizeResult,
+    StepSizeSearch,
+    descend_step_size,
+    grid_search_step_size,
+    kl_objective,
+)
 from .system import System
 from .training import History, TrainingPlan
 
@@ -32,13 +40,21 @@ __all__ = [
     "Generator",
     "History",
     "LinearGenerator",
+    "LowRankLogDet",
     "Posterior",
     "ShortRun",
+    "StepSizeResult",
+    "StepSizeSearch",
     "System",
     "TopDownGenerator",
     "TrainingPlan",
+    "descend_step_size",
     "geometric_step_sizes",
+    "grid_search_step_size",
+    "kl_objective",
     "load",
+    "log_abs_det_jacobian",
+    "low_rank_log_abs_det",
     "noise_scale_from_step_size",
     "short_run",
     "step_size_from_noise_scale",

@@ -184,30 +184,58 @@ def path_gaussian(posterior: Posterior, chain: Chain, chunk_size: int | None = N
 
     B(e_k | e_{k+1}, e_K) is what Bayes' rule makes of e_{k+1} = e_k + D_k score(e_k) + noise, linearised at e_{k+1}, and of the
     law N(m_k, S_k) of e_k under the posterior's curvature at e_K. Exact for a linear generator; an upper bound of
-    E log q_s elsewhere, because each kernel looks at later states only.
+    E log q_s elsewhere, because each kernel looks at later states only. Where a step overshoots (eigenvalues of
+    I + D H beyond -1 ... 1) the kernels take the end of that interval: a linear chain would leave all bounds there.
     """
     chain = _with_trajectory(posterior, chain)
     states, s = chain.trajectory.double(), _step_sizes(chain)
     create_graph = chain.trajectory.requires_grad
     scores = torch.stack([posterior.score(e, create_graph=create_graph) for e in chain.trajectory[1:]]).double()
+    eye, root = torch.eye(s.shape[-1], dtype=s.dtype, device=s.device), s.sqrt()
     h = hessians(posterior, chain.trajectory[1:], chunk_size)
-    means, covariances = _linear_marginals(states[-1], scores[-1], h[-1], s)
+    clipped = _Clip.apply(eye + root[..., :, None] * h * root[..., None, :])
+    dh = root[..., :, None] * (clipped - eye) / root[..., None, :]  # D_k H(e_{k+1}), clipped
+    final_h = dh[-1] / s[-1][..., None]
+    mean, covariance = torch.zeros_like(states[0]), eye.expand_as(dh[0])  # of e_k, if H were H(e_K) everywhere
     total = _log_prior(chain.initial) + _log_step_noise(chain).sum(0)
-    eye = torch.eye(s.shape[-1], dtype=s.dtype, device=s.device)
     for k in range(chain.n_steps):
-        # e_{k+1} = c + A e_k + noise, from score(e_k) = score(e_{k+1}) + H (e_k - e_{k+1})
-        a = eye + s[k][..., :, None] * h[k]
-        offset = s[k] * scores[k] - (s[k][..., :, None] * h[k] @ states[k + 1][..., None]).squeeze(-1)
-        prior_precision = torch.linalg.inv(covariances[k])
+        # e_{k+1} = offset + a e_k + noise, from score(e_k) = score(e_{k+1}) + H (e_k - e_{k+1})
+        a = eye + dh[k]
+        offset = s[k] * scores[k] - _times(dh[k], states[k + 1])
+        prior_precision = torch.linalg.inv(covariance)
         weighted = a.mT / (2 * s[k])[..., None, :]
         precision = prior_precision + weighted @ a
-        pull = prior_precision @ means[k][..., None] + weighted @ (states[k + 1] - offset)[..., None]
-        mean = torch.linalg.solve(precision, pull).squeeze(-1)
-        gap = states[k] - mean
-        distance = torch.einsum("ni,nij,nj->n", gap, precision, gap)
-        log_kernel = 0.5 * (torch.linalg.slogdet(precision)[1] - distance - len(eye) * math.log(2 * math.pi))
-        total = total - log_kernel
+        pull = _times(prior_precision, mean) + _times(weighted, states[k + 1] - offset)
+        gap = states[k] - torch.linalg.solve(precision, pull)
+        distance = (gap * _times(precision, gap)).sum(-1)
+        total = total - 0.5 * (torch.linalg.slogdet(precision)[1] - distance - len(eye) * math.log(2 * math.pi))
+        forward = eye + s[k][..., None] * final_h
+        mean = mean + s[k] * (scores[-1] + _times(final_h, mean - states[-1]))
+        covariance = forward @ covariance @ forward.mT + torch.diag_embed(2 * s[k])
     return total
+
+
+class _Clip(torch.autograd.Function):
+    """Symmetric matrices [..., d, d] with their eigenvalues clipped to [-1, 1].
+
+    Its derivative is that of a function of a matrix (Daleckii & Krein 1965), finite where eigenvalues coincide, unlike the
+    derivative of eigenvectors.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, matrix: Tensor) -> Tensor:
+        values, vectors = torch.linalg.eigh(matrix)
+        ctx.save_for_backward(values, vectors)
+        return (vectors * values.clamp(-1, 1)[..., None, :]) @ vectors.mT
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        values, vectors = ctx.saved_tensors
+        kept = values.clamp(-1, 1)
+        gap = values[..., :, None] - values[..., None, :]
+        inside = (values.abs() <= 1).to(values.dtype)[..., None].expand_as(gap)
+        slope = torch.where(gap.abs() > 1e-12, (kept[..., :, None] - kept[..., None, :]) / gap, inside)
+        return vectors @ (slope * (vectors.mT @ gradient @ vectors)) @ vectors.mT
 
 
 # --- the other two ways to log|det dF/de_0| --------------------------------------------------------------------------
@@ -412,13 +440,6 @@ def _log_mean_exp(values: list[Tensor]) -> Tensor:
     return torch.logsumexp(torch.stack(values), 0) - math.log(len(values))
 
 
-def _linear_marginals(final: Tensor, score: Tensor, h: Tensor, s: Tensor) -> tuple[list[Tensor], list[Tensor]]:
-    """Mean [n, d] and covariance [n, d, d] of e_0, ..., e_{K-1} if the score were score(e_K) + H(e_K) (e - e_K)."""
-    eye = torch.eye(h.shape[-1], dtype=h.dtype, device=h.device)
-    means, covariances = [torch.zeros_like(final)], [eye.expand_as(h)]
-    for s_k in s[:-1]:
-        a = eye + s_k[..., :, None] * h
-        drift = score + (h @ (means[-1] - final)[..., None]).squeeze(-1)
-        means.append(means[-1] + s_k * drift)
-        covariances.append(a @ covariances[-1] @ a.mT + torch.diag_embed(2 * s_k))
-    return means, covariances
+def _times(matrices: Tensor, vectors: Tensor) -> Tensor:
+    """matrices [..., d, d] times vectors [..., d]."""
+    return (matrices @ vectors[..., None]).squeeze(-1)

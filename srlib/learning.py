@@ -7,12 +7,16 @@
         4. update theta by the gradient of (1/m) sum_i log p_theta(x_i, e_{i,K})                   Eq. (21)
         5. every T_s iterations, update s by minimising Eq. (20)
 
+Line 5 stands after line 4, as in the paper's box (its section 4.4 puts it first): the new s is then chosen for the generator
+that it will be used with. Over a run the two orders differ by where s is updated for the first time.
+
 At the fixed point the expectation of that gradient under q_s vanishes (Eq. 26): a perturbation of the maximum likelihood
 equation, in which the posterior stands in the place of q_s.
 """
 
 from __future__ import annotations
 
+import time
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -23,14 +27,15 @@ from torch import Tensor
 from .generators import Generator
 from .langevin import short_run
 from .posterior import Posterior
+from .step_size import StepSizeResult
 from .system import System
 from .training import History, TrainingLoop, TrainingPlan
 
 # Reconstructions that vary this little, relative to the images, come from a generator that ignores its latents.
 COLLAPSED_SPREAD = 0.01
 
-# Given the posterior of the current batch, the step size s and a random generator: the new s.
-StepSizeUpdate = Callable[[Posterior, Tensor, torch.Generator], Tensor]
+# Given the posterior of the current batch, the step size s, K and a random generator: the new s. `StepSizeSearch` is one.
+StepSizeUpdate = Callable[[Posterior, Tensor, int, torch.Generator], StepSizeResult]
 
 
 class ShortRun(System):
@@ -84,7 +89,9 @@ class ShortRun(System):
         """Algorithm 1 on training images [n, C, H, W]; arguments as in `TrainingLoop`.
 
         Returns the history, one number for each update: loss (the negative of Eq. 22's objective, per image), step_size,
-        sigma, mse (per pixel, on [-1, 1]) and spread (how much the reconstructions vary over a batch, 1 = as the images).
+        sigma, mse (per pixel, on [-1, 1]) and spread (how much the reconstructions vary over a batch, 1 = as the images); and
+        one number for each update of s: chosen_step_size, chosen_at (updates made before), objective (Eq. 20 without
+        log p(x), at the s chosen) with objective_standard_error, and search_seconds.
         Warns if the generator has collapsed to a constant image.
         """
         rng = rng or torch.Generator().manual_seed(int(torch.randint(2**62, ())))
@@ -100,12 +107,24 @@ class ShortRun(System):
             spread = (x - residual).detach().std(0).mean() / x.std(0).mean()
             loop.update(loss, step_size=s, sigma=sigma, mse=residual.detach().square().mean(), spread=spread)
             if self.update_step_size is not None and (t + 1) % self.every == 0:  # 5. update s by Eq. (20)
-                self.step_size.copy_(self.update_step_size(posterior, s, rng) * (self.sigma / sigma) ** 2)
+                self._choose_step_size(posterior, s, loop, rng)
         return _without_collapse(loop.finish())
 
     def infer(self, x: Tensor, mask: Tensor | None = None, rng: torch.Generator | None = None) -> Tensor:
         """Latents e_K [n, d] of one short run from noise, with the learned step size and the final sigma."""
         return short_run(Posterior(self.generator, x, self.sigma, mask), self.n_steps, self.step_size, rng=rng).final
+
+    def _choose_step_size(self, posterior: Posterior, s: Tensor, loop: TrainingLoop, rng: torch.Generator) -> None:
+        started = time.perf_counter()
+        result = self.update_step_size(posterior, s, self.n_steps, rng)
+        self.step_size.copy_(result.step_size * (self.sigma / posterior.sigma) ** 2)
+        loop.record(
+            chosen_at=loop.t + 1,
+            chosen_step_size=result.step_size,
+            objective=result.objective[result.best],
+            objective_standard_error=result.standard_error[result.best],
+            search_seconds=time.perf_counter() - started,
+        )
 
     def sigma_at(self, progress: float) -> float:
         """sigma when the fraction `progress` in [0, 1] of training is done."""

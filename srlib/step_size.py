@@ -25,6 +25,8 @@ from .langevin import Chain, DivergenceError, short_run
 from .posterior import Posterior, frozen
 
 Share = Literal["all", "step", "layer", "example"]
+# A chain's part in a gradient is at most this many times that of the median chain.
+CLIP = 10.0
 LogDensity = Callable[[Posterior, Chain], Tensor]
 ESTIMATORS = ("change_of_variables", "equation_17", "semi_implicit", "linear_noise", "path", "path_gaussian")
 
@@ -156,38 +158,53 @@ def descend_step_size(
     e_0 and eps are drawn once and kept, so the objective is a function of s and the best iterate is the answer. An iterate whose
     chain diverges sends the descent back to the best one with half the learning rate.
 
-    Raises `DivergenceError` if the chain diverges at `initial`, ValueError for arguments that do not fit.
+    Raises ValueError for arguments that do not fit and for an `initial` where the chain diverges.
     """
     if n_iterations < 1 or not learning_rate > 0:
         raise ValueError(f"n_iterations={n_iterations} must be at least 1 and learning_rate={learning_rate} positive")
     rng = rng or torch.Generator().manual_seed(int(torch.randint(2**62, ())))
     log_s = _shared(posterior, initial, n_steps, share).log().requires_grad_()
-    sizes = torch.tensor(posterior.generator.latent_dims, device=log_s.device)
-    expand = partial(torch.repeat_interleave, repeats=sizes) if share == "layer" else (lambda s: s)
     optimiser = torch.optim.Adam([log_s], learning_rate)
     candidates, values, best = [], [], log_s.detach().clone()
     for _ in range(n_iterations):
-        s = expand(log_s.exp())
-        try:
-            value = kl_objective(posterior, s, n_steps, estimator, rng=rng.clone_state())
-            (gradient,) = torch.autograd.grad(value.mean(), log_s)
-        except DivergenceError:
-            if not values:
-                raise
-            value, gradient = torch.full_like(values[0], math.inf), torch.full_like(log_s, math.inf)
+        s = _expanded(log_s.exp(), posterior, share)
         candidates.append(s.detach())
-        values.append(value.detach())
-        if not (value.isfinite().all() and gradient.isfinite().all()):
+        value, gradient = _value_and_gradient(posterior, s, n_steps, estimator, rng.clone_state())
+        if not values and not value.isfinite().all():
+            raise ValueError(f"the objective is not finite at initial={initial}; start from a smaller step size")
+        values.append(value)
+        if not gradient.isfinite().all():
             log_s.data.copy_(best)
             learning_rate /= 2
             optimiser = torch.optim.Adam([log_s], learning_rate)
             continue
         if value.mean() <= min(v.mean() for v in values):
             best = log_s.detach().clone()
-        log_s.grad = gradient
+        (log_s.grad,) = torch.autograd.grad(s, log_s, gradient)
         optimiser.step()
-    values = torch.stack(values)
-    return StepSizeResult(expand(best.exp()), torch.stack(candidates), values)
+    return StepSizeResult(_expanded(best.exp(), posterior, share), torch.stack(candidates), torch.stack(values))
+
+
+def _value_and_gradient(
+    posterior: Posterior, s: Tensor, n_steps: int, estimator: str, rng: torch.Generator
+) -> tuple[Tensor, Tensor]:
+    """`kl_objective` [n] and the gradient of its mean with respect to s, each chain's part bounded; inf after divergence.
+
+    Where steps overshoot the chain is chaotic, and its derivative grows with every step: single chains have derivatives
+    millions of times those of the others, and tell nothing about the mean. A chain's part counts for at most
+    CLIP times the median part; where the dynamics is tame, that changes nothing.
+    """
+    shape = torch.broadcast_shapes(s.shape, (len(posterior), 1))
+    own = s.detach().expand(shape).clone().requires_grad_()  # each image's own copy of s
+    try:
+        value = kl_objective(posterior, own, n_steps, estimator, rng=rng)
+        (parts,) = torch.autograd.grad(value.sum() / len(posterior), own)
+    except DivergenceError:
+        return torch.full((len(posterior),), math.inf, dtype=torch.float64), torch.full_like(s, math.inf)
+    over_steps = tuple(i for i in range(parts.ndim) if i != parts.ndim - 2)
+    sizes = parts.square().sum(over_steps, keepdim=True).sqrt()
+    parts = parts * (CLIP * sizes.median() / sizes.clamp_min(torch.finfo(sizes.dtype).tiny)).clamp_max(1)
+    return value.detach(), parts.sum_to_size(s.shape)
 
 
 @dataclass(frozen=True)
@@ -195,7 +212,8 @@ class StepSizeSearch:
     """Line 5 of Algorithm 1: how s is updated every T_s iterations, on a few images of the current batch.
 
     method : "grid" tries `factors` times the current s; "descent" takes `n_iterations` steps of Adam from it.
-    n_images : images of the batch that the objective is measured on, with one chain each.
+    n_images : images of the batch that the objective is measured on, with one chain each; a smaller batch is gone through
+        again.
     """
 
     method: Literal["grid", "descent"] = "grid"
@@ -209,12 +227,15 @@ class StepSizeSearch:
         if self.method not in ("grid", "descent"):
             raise ValueError(f"method={self.method!r} is unknown; there are: grid, descent")
         _checked_estimator(self.estimator)
-        if self.n_images < 1 or not self.factors or min(self.factors) <= 0:
-            raise ValueError(f"n_images={self.n_images} must be at least 1, factors={self.factors} positive")
+        if self.n_images < 2:
+            raise ValueError(f"n_images={self.n_images}: at least 2 are needed for a standard error")
+        if not self.factors or min(self.factors) <= 0:
+            raise ValueError(f"factors={self.factors} must be positive numbers")
 
     def __call__(self, posterior: Posterior, step_size: Tensor, n_steps: int, rng: torch.Generator) -> StepSizeResult:
         """The updated s for the posterior's sigma, from `step_size` (a number), with random numbers from `rng`."""
-        few, current = posterior[: self.n_images], float(step_size)
+        few = posterior[torch.arange(self.n_images) % len(posterior)]
+        current = float(step_size)
         if self.method == "grid":
             candidates = [current * factor for factor in self.factors]
             return grid_search_step_size(few, candidates, n_steps, self.estimator, rng=rng)
@@ -245,6 +266,13 @@ def _checked_estimator(estimator: str) -> str:
     if estimator not in ESTIMATORS:
         raise ValueError(f"estimator={estimator!r} is unknown; there are: {', '.join(ESTIMATORS)}")
     return estimator
+
+
+def _expanded(s: Tensor, posterior: Posterior, share: Share) -> Tensor:
+    """s of each layer [L] as one number per latent [d]; the other shapes are ready for `short_run`."""
+    if share != "layer":
+        return s
+    return s.repeat_interleave(torch.tensor(posterior.generator.latent_dims, device=s.device))
 
 
 def _shared(posterior: Posterior, initial: float | Tensor, n_steps: int, share: Share) -> Tensor:

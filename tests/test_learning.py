@@ -74,9 +74,9 @@ def test_sigma_is_annealed_geometrically_and_the_step_size_follows_its_square(im
 def test_the_step_size_is_updated_after_every_ts_parameter_updates(images):
     seen = []
 
-    def halve(posterior, s, rng):
+    def halve(posterior, s, n_steps, rng):
         seen.append((len(posterior), posterior.sigma, float(s)))
-        return s / 2
+        return srlib.StepSizeResult(s / 2, (s / 2)[None], torch.ones(1, 2))
 
     system = new_system(update_step_size=halve, every=5, sigma=0.2, sigma_start=0.4, anneal_fraction=0.5)
     history = fit(system, images, n_updates=12)
@@ -87,6 +87,8 @@ def test_the_step_size_is_updated_after_every_ts_parameter_updates(images):
         in_units_of_sigma / in_units_of_sigma[0], torch.tensor([1.0] * 5 + [0.5] * 5 + [0.25] * 2)
     )
     assert system.step_size == pytest.approx(2e-3 / 4)
+    assert history["chosen_at"] == [5, 10] and history["objective"] == [1, 1]
+    assert history["chosen_step_size"] == pytest.approx([s / 2 for _, _, s in seen])
 
 
 def test_learning_rates_are_used_in_equal_parts():
