@@ -25,15 +25,21 @@ from .evaluation.reconstruction import recognised, reconstructions, squared_erro
 from .generators import TopDownGenerator
 from .langevin import noise_scale_from_step_size
 from .learning import ShortRun
+from .step_size import StepSizeSearch
 from .system import System
-from .training import TrainingPlan
+from .training import TrainingPlan, snapshot_file
 
 EvaluationSplit = Literal["test", "validation"]
+Search = Literal["none", "grid", "descent"]
 
 
 @dataclass(frozen=True)
 class Config:
-    """One training run. `step_size` is the s of Eq. (10); learning rates are used in equal parts of the training."""
+    """One training run. `step_size` is the s of Eq. (10); learning rates are used in equal parts of the training.
+
+    step_size_search, estimator, every, search_images : line 5 of Algorithm 1, see `StepSizeSearch`; "none" keeps s.
+    snapshots : numbers of updates after which the system is saved too (`load_run(..., snapshot=t)`).
+    """
 
     name: str
     system: str = "short_run"
@@ -51,6 +57,11 @@ class Config:
     batch_size: int = 64
     learning_rates: tuple[float, ...] = (1e-3, 5e-4, 1e-4)
     betas: tuple[float, float] = (0.9, 0.999)
+    step_size_search: Search = "none"
+    estimator: str = "linear_noise"
+    every: int = 50
+    search_images: int = 4
+    snapshots: tuple[int, ...] = ()
     evaluation_split: EvaluationSplit = "test"
     device: str = "auto"
 
@@ -61,6 +72,9 @@ class Config:
             raise ValueError(f"evaluation_split={self.evaluation_split!r} must be one of {get_args(EvaluationSplit)}")
         if isinstance(self.seed, bool) or not isinstance(self.seed, int) or not 0 <= self.seed < 2**32:
             raise ValueError(f"seed={self.seed!r} must be a whole number from 0 to 2^32 - 1")
+        if self.step_size_search not in get_args(Search):
+            raise ValueError(f"step_size_search={self.step_size_search!r} must be one of {get_args(Search)}")
+        self.search()
         self.plan()
 
     @classmethod
@@ -89,7 +103,12 @@ class Config:
             raise ValueError(f"{path}: {error}") from error
 
     def plan(self) -> TrainingPlan:
-        return TrainingPlan(self.n_updates, self.batch_size, self.learning_rates, self.betas)
+        return TrainingPlan(self.n_updates, self.batch_size, self.learning_rates, self.betas, self.snapshots)
+
+    def search(self) -> StepSizeSearch | None:
+        if self.step_size_search == "none":
+            return None
+        return StepSizeSearch(self.step_size_search, self.estimator, self.search_images)
 
     def build(self, image_shape: tuple[int, int, int]) -> System:
         """The untrained system; its first weights depend on `seed` alone."""
@@ -106,7 +125,14 @@ class Config:
 def _short_run(config: Config, image_shape: tuple[int, int, int]) -> ShortRun:
     generator = TopDownGenerator(config.latent_dims, image_shape, config.channels, config.feature_size)
     return ShortRun(
-        generator, config.n_steps, config.step_size, config.sigma, config.sigma_start, config.anneal_fraction
+        generator,
+        config.n_steps,
+        config.step_size,
+        config.sigma,
+        config.sigma_start,
+        config.anneal_fraction,
+        config.search(),
+        config.every,
     )
 
 
@@ -138,7 +164,11 @@ def run(config: Config, output: Path | str, progress: bool = True) -> dict[str, 
         "config": asdict(config),
         "scores": evaluate(system, dataset, config.evaluation_split, config.seed),
         "data": {"name": dataset.name, "fingerprint": dataset.fingerprint, "n_train": len(dataset.train.images)},
-        "seconds": {"training": trained - started, "all": time.monotonic() - started},
+        "seconds": {
+            "training": trained - started,
+            "step_size_search": sum(history.get("search_seconds", [])),
+            "all": time.monotonic() - started,
+        },
         "environment": provenance.environment(),
         "source_hash": provenance.source_hash(modules),
         "modules": modules,
@@ -169,14 +199,21 @@ def evaluate(system: System, dataset: Dataset, split: EvaluationSplit, seed: int
     return scores
 
 
-def load_run(directory: Path | str, device: str = "cpu") -> tuple[System, dict[str, Any], dict[str, list[float]]]:
-    """The trained system, the metrics and the history of a finished run, their checksums verified."""
+def load_run(
+    directory: Path | str, device: str = "cpu", snapshot: int | None = None
+) -> tuple[System, dict[str, Any], dict[str, list[float]]]:
+    """The trained system, the metrics and the history of a finished run, their checksums verified.
+
+    snapshot : the system as it was after that many updates, one of the configuration's `snapshots`.
+    """
     directory = Path(directory)
     metrics = checkpoints.read_json(directory / "metrics.json")
     history = checkpoints.read_json(directory / "history.json")["history"]
     tensors, saved = checkpoints.load(directory / "model.safetensors", device)
     config = Config.from_dict(saved["config"])
     system = config.build(tuple(load(config.dataset).image_shape)).to(device)
+    if snapshot is not None:
+        tensors, _ = checkpoints.load(snapshot_file(directory, snapshot), device)
     system.load_state_dict(tensors)
     return system, metrics, history
 
@@ -201,7 +238,7 @@ def _stream(seed: int, purpose: int) -> int:
 def _converted(key: str, value: Any, default: Any) -> Any:
     """value in the type of the entry's default. YAML reads 1e-3 as text and lists where tuples are meant."""
     kind = str if default is MISSING else type(default)
-    item = type(default[0]) if kind is tuple else kind
+    item = kind if kind is not tuple else type(default[0]) if default else int
     try:
         if kind is tuple:
             if not isinstance(value, (list, tuple)):

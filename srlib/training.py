@@ -38,12 +38,14 @@ class TrainingPlan:
     batch_size : m.
     learning_rates : Adam's learning rate in equal parts of the training; the paper's (1e-4, 5e-5, 1e-5) thirds.
     betas : Adam's decay rates; the paper names none, the authors' script has beta1 = 0.5.
+    snapshots : numbers of updates after which the system is saved too, as `snapshot_file` says.
     """
 
     n_updates: int
     batch_size: int = 64
     learning_rates: tuple[float, ...] = (1e-4, 5e-5, 1e-5)
     betas: tuple[float, float] = (0.9, 0.999)
+    snapshots: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         if self.n_updates < 1 or self.batch_size < 1:
@@ -52,10 +54,17 @@ class TrainingPlan:
             raise ValueError(f"learning_rates={self.learning_rates} must be one or more positive numbers")
         if len(self.betas) != 2 or any(not 0 <= beta < 1 for beta in self.betas):
             raise ValueError(f"betas={self.betas} must be two numbers in [0, 1)")
+        if any(not 1 <= t <= self.n_updates for t in self.snapshots):
+            raise ValueError(f"snapshots={self.snapshots} must lie between 1 and n_updates={self.n_updates}")
 
     def learning_rate(self, t: int) -> float:
         """The learning rate of update t = 0, ..., T - 1."""
         return self.learning_rates[min(t * len(self.learning_rates) // self.n_updates, len(self.learning_rates) - 1)]
+
+
+def snapshot_file(directory: Path | str, t: int) -> Path:
+    """Where a training in `directory` keeps the system as it was after t updates."""
+    return Path(directory) / f"snapshot-{t}.safetensors"
 
 
 class Batch(NamedTuple):
@@ -108,6 +117,8 @@ class TrainingLoop:
                 index, self.order = self.order[:m], self.order[m:]
                 yield Batch(self.t, self.system.as_input(self.images[index]), index)
                 self.t += 1
+                if self.directory is not None and self.t in self.plan.snapshots:
+                    checkpoints.save(snapshot_file(self.directory, self.t), self.system.state_dict(), {"t": self.t})
                 if self.directory is not None and time.monotonic() - saved > SECONDS_BETWEEN_SAVES:
                     self._save()
                     saved = time.monotonic()
