@@ -219,9 +219,9 @@ class StepSizeSearch:
     method: Literal["grid", "descent"] = "grid"
     estimator: str = "linear_noise"
     n_images: int = 4
-    factors: tuple[float, ...] = (0.64, 0.8, 1.0, 1.25, 1.5625)
-    n_iterations: int = 2
-    learning_rate: float = 0.15
+    factors: tuple[float, ...] = (0.7, 1.0, 1.4)
+    n_iterations: int = 1
+    learning_rate: float = 0.3
 
     def __post_init__(self) -> None:
         if self.method not in ("grid", "descent"):
