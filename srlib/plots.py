@@ -74,6 +74,17 @@ def learning_curves(history: Mapping[str, Sequence[float]], names: Mapping[str, 
     return figure
 
 
+def noise_scale_axis(axis: Axes) -> None:
+    """A second axis on top that shows the step size s of Eq. (10) as the authors' noise scale, delta = sqrt(2 s)."""
+    top = axis.secondary_xaxis("top", functions=(lambda s: np.sqrt(2 * np.abs(s)), lambda d: d**2 / 2))
+    top.set_xlabel(r"noise scale $\delta$")
+    if axis.get_xscale() == "log":
+        low, high = np.sqrt(2 * np.asarray(axis.get_xlim()))
+        ticks = [t for t in (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0) if low <= t <= high]
+        top.set_xticks(ticks, [f"{t:g}" for t in ticks])
+        top.xaxis.set_minor_locator(NullLocator())
+
+
 def density_contours(axis: Axes, grid_x: Tensor, grid_y: Tensor, log_density: Tensor) -> None:
     """Filled contours of exp(log_density) [ny, nx], relative to its maximum."""
     density = (log_density - log_density.max()).exp()
