@@ -53,3 +53,19 @@ def small_posterior():
         return srlib.Posterior(g, x, 0.3, mask)
 
     return make
+
+
+class Wave(srlib.Generator):
+    """g(e) = sin(1.5 e): one latent, one pixel; steps that are long against the curvature fold."""
+
+    def __init__(self):
+        super().__init__((1,), (1, 1, 1))
+        self.rate = torch.nn.Parameter(torch.tensor(1.5, dtype=torch.float64))
+
+    def forward(self, e):
+        return torch.sin(self.rate * e)[:, :, None, None]
+
+
+@pytest.fixture
+def wave():
+    return Wave()
