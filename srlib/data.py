@@ -36,7 +36,7 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.functional import affine_grid, grid_sample
-from tqdm.auto import tqdm
+from tqdm import tqdm
 
 from . import checkpoints
 
