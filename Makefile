@@ -19,6 +19,7 @@ PIPELINE := $(BIN)/python papermill_runs/pipeline.py
 # run-all computes the quick preview unless told otherwise; book and serve show the results that are committed.
 RUN_PROFILE := $(or $(PROFILE),quick)
 BOOK_PROFILE := $(or $(PROFILE),digits)
+WITH_SEEDS := $(if $(SEEDS),--seeds $(SEEDS))
 
 .PHONY: help setup run-all book serve test test-gpu lint lock clean
 
@@ -42,11 +43,11 @@ $(READY): requirements.lock pyproject.toml
 	@touch $@
 
 run-all: $(READY)  ## execute every run and chapter of PROFILE (resumes; repeats only what changed), then build the book
-	@$(PIPELINE) run $(RUN_PROFILE) $(if $(JOBS),--jobs $(JOBS)) $(if $(SEEDS),--seeds $(SEEDS))
-	@$(PIPELINE) book $(RUN_PROFILE)
+	@$(PIPELINE) run $(RUN_PROFILE) $(if $(JOBS),--jobs $(JOBS)) $(WITH_SEEDS)
+	@$(PIPELINE) book $(RUN_PROFILE) $(WITH_SEEDS)
 
 book: $(READY)  ## build the HTML book from the results of PROFILE, running nothing
-	@$(PIPELINE) book $(BOOK_PROFILE)
+	@$(PIPELINE) book $(BOOK_PROFILE) $(WITH_SEEDS)
 
 serve: book  ## build the book and show it at http://localhost:8000
 	@$(BIN)/python -m http.server --bind 127.0.0.1 --directory book/_build/$(BOOK_PROFILE)/html 8000
@@ -54,7 +55,7 @@ serve: book  ## build the book and show it at http://localhost:8000
 test: $(READY)  ## all tests, on all cores
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto -m "not cuda"
 
-test-gpu: $(READY)  ## the tests that need a GPU
+test-gpu: $(READY)  ## the tests that have a GPU version, on the GPU
 	@$(BIN)/python -m pytest -q -m cuda
 
 lint: $(READY)  ## style and common mistakes

@@ -12,6 +12,7 @@ result whose key is unchanged is kept, so an interrupted call goes on and a chan
 from __future__ import annotations
 
 import argparse
+import ast
 import contextlib
 import hashlib
 import json
@@ -32,9 +33,7 @@ import jupytext
 import nbformat
 import yaml
 
-from srlib import checkpoints, provenance
-from srlib.data import DatasetUnavailable
-from srlib.experiment import Config
+from srlib import checkpoints, data, experiment, provenance
 
 ROOT = Path(__file__).resolve().parent.parent
 PROFILES = ("quick", "digits", "reference", "paper")
@@ -58,7 +57,7 @@ class Job:
     parameters: dict[str, Any]
     needs: tuple[str, ...] = ()
     seconds: float = 60.0
-    config: Config | None = field(default=None, compare=False)
+    config: experiment.Config | None = field(default=None, compare=False)
 
 
 @dataclass(frozen=True)
@@ -96,7 +95,7 @@ def load_profile(name: str, seeds: list[int] | None = None, root: Path = ROOT) -
         for seed in seeds if seeds is not None else own_seeds:
             entries = {**(matrix.get("defaults") or {}), **row, "seed": seed}
             try:
-                config = Config.from_dict(entries)
+                config = experiment.Config.from_dict(entries)
             except ValueError as error:
                 raise PipelineError(f"{path}, run {row.get('name')!r}: {error}") from error
             run = f"{config.name}-seed{seed}"
@@ -129,11 +128,14 @@ def key(job: Job, profile: Profile) -> str:
     notebook = jupytext.read(job.notebook)
     cells = [cell.source for cell in notebook.cells if cell.cell_type == "code"]
     read = [profile.jobs[run] for run in job.needs if not not_run(profile.jobs[run])]
+    # which system a notebook builds is said by its configuration, or by those of the runs that it reads, not by its text
+    systems = {run.config.system for run in (job, *read) if run.config is not None}
+    modules = {*provenance.notebook_modules(cells), *(name for s in systems for name in experiment.modules(s))}
     results = [checkpoints.read_json(run.output.with_name("metrics.json"))["checksum"] for run in read]
     parts = [
         job.notebook.read_text(),
         json.dumps(job.parameters, sort_keys=True),
-        provenance.source_hash(provenance.notebook_modules(cells)),
+        provenance.source_hash(modules),
         *results,
     ]
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()
@@ -156,19 +158,44 @@ def up_to_date(job: Job, profile: Profile) -> bool:
 
 def training_key(job: Job) -> str:
     """The hash of what the training itself depends on: not how the notebook shows it, nor the style of its figures."""
-    source = provenance.source_hash(provenance.imported_modules(["srlib.experiment"]))
+    source = provenance.source_hash(experiment.modules(job.config.system))
     return checkpoints.checksum({"config": job.parameters["config"], "source": source})
 
 
 def trained(job: Job) -> bool:
     """Whether the run directory holds a whole, unedited training with this configuration and today's sources."""
-    folder = job.output.parent
     try:
-        metrics, _ = (checkpoints.read_json(folder / f"{name}.json") for name in ("metrics", "history"))
-        same = metrics["config"] == job.parameters["config"]
-        return same and metrics["source_hash"] == provenance.source_hash(metrics["modules"])
-    except (checkpoints.CheckpointError, KeyError):
+        metrics = experiment.verified_metrics(job.output.parent)
+    except checkpoints.CheckpointError:
         return False
+    source = provenance.source_hash(experiment.modules(job.config.system))
+    return metrics.get("config") == job.parameters["config"] and metrics.get("source_hash") == source
+
+
+def current(job: Job, profile: Profile) -> bool:
+    """Whether a result that is there comes from today's sources. Of a run its training counts, not how the notebook shows it."""
+    if job.config is not None:
+        return trained(job)
+    return checkpoints.read_json(job.result)["key"] == key(job, profile)
+
+
+def still_absent(job: Job) -> bool:
+    """Whether a run that had no data still has none: quicker to see than by starting it. Its reason is brought up to date."""
+    try:
+        data.load(job.config.dataset)
+    except data.DatasetUnavailable as error:
+        record_not_run(job, str(error))
+        return True
+    except data.DataError:
+        pass  # there, but damaged: the run will say so
+    return False
+
+
+def record_not_run(job: Job, reason: str) -> None:
+    """Keep why a run could not be made, for the runs page, without a path of this machine."""
+    root = os.environ.get("SRLIB_DATA")
+    shown = reason.replace(str(Path(root)), "$SRLIB_DATA") if root else reason
+    checkpoints.write_json(job.output.with_name("not_run.json"), {"reason": shown})
 
 
 def execute(job: Job, profile: Profile) -> None:
@@ -200,8 +227,8 @@ def execute(job: Job, profile: Profile) -> None:
             kernel_name="python3",
         )
     except papermill.PapermillExecutionError as error:
-        if error.ename == DatasetUnavailable.__name__:
-            checkpoints.write_json(job.output.with_name("not_run.json"), {"reason": error.evalue})
+        if error.ename == data.DatasetUnavailable.__name__:
+            record_not_run(job, error.evalue)
             return
         partial.replace(failed)
         raise PipelineError(f"{job.name}: {error.ename}: {error.evalue} (see {failed})") from error
@@ -211,7 +238,7 @@ def execute(job: Job, profile: Profile) -> None:
     checkpoints.atomic_write(job.output, nbformat.writes(executed).encode())
     for leftover in (partial, failed, begun):
         leftover.unlink(missing_ok=True)
-    record = {"key": wanted, "notebook": _sha256(job.output), "seconds": time.monotonic() - started}
+    record = {"key": wanted, "notebook": provenance.file_hash(job.output), "seconds": time.monotonic() - started}
     checkpoints.write_json(job.result, record | {"environment": provenance.environment()})
 
 
@@ -219,7 +246,12 @@ def check_parameters(notebook: nbformat.NotebookNode, job: Job) -> None:
     """Refuse parameters that the notebook's `parameters` cell does not have: papermill would silently ignore them."""
     cells = [cell.source for cell in notebook.cells if "parameters" in cell.metadata.get("tags", [])]
     known = {
-        line.split("=")[0].strip() for cell in cells for line in cell.splitlines() if "=" in line and line[:1].isalpha()
+        name.id
+        for cell in cells
+        for statement in ast.parse(cell).body
+        if isinstance(statement, ast.Assign | ast.AnnAssign)
+        for name in ast.walk(statement)
+        if isinstance(name, ast.Name) and isinstance(name.ctx, ast.Store)
     }
     unknown = sorted(set(job.parameters) - known)
     if unknown:
@@ -256,12 +288,13 @@ def run(profile: Profile, n_jobs: int, only: list[str]) -> list[str]:
         )
     chosen = [job for name, job in profile.jobs.items() if not only or name in only]
     # a run's result decides the keys of the chapters that read it, so runs come first
-    stale = [job for job in chosen if not (not_run(job) is None and up_to_date(job, profile))]
+    absent = [job for job in chosen if not_run(job) and still_absent(job)]
+    stale = [job for job in chosen if job not in absent and (not_run(job) or not up_to_date(job, profile))]
     stale = [job for job in chosen if job in stale or any(profile.jobs[n] in stale for n in job.needs)]
-    print(
-        f"{profile.name}: {len(chosen) - len(stale)} of {len(chosen)} jobs are up to date, {len(stale)} to run",
-        flush=True,
-    )
+    n_done = len(chosen) - len(stale) - len(absent)
+    print(f"{profile.name}: {n_done} of {len(chosen)} jobs are up to date, {len(stale)} to run", flush=True)
+    for job in absent:
+        print(f"{job.name}  not run: {not_run(job)}", flush=True)
     waiting = sorted(stale, key=lambda job: (job.config is None, -_expected(job)))
     logs, started = profile.folder / "logs", time.monotonic()
     logs.mkdir(parents=True, exist_ok=True)
@@ -343,9 +376,12 @@ def build_book(profile: Profile) -> Path:
     source = target / "source"
     shutil.rmtree(source, ignore_errors=True)
     shutil.copytree(book, source, ignore=shutil.ignore_patterns("_build", "*.ipynb", ".ipynb_checkpoints"))
-    for job in profile.jobs.values():
-        if not not_run(job):
-            verify(job)
+    made = [job for job in profile.jobs.values() if not not_run(job)]
+    for job in made:
+        verify(job)
+    older = [job.name for job in made if not current(job, profile)]
+    if older:
+        print(f"made from older sources: {', '.join(older)}; make run-all PROFILE={profile.name} makes them again")
     for job in profile.chapters:
         (source / f"{job.name}.md").unlink()
         shutil.copy(job.output, source / f"{job.name}.ipynb")
@@ -388,11 +424,10 @@ def build_book(profile: Profile) -> Path:
 def verify(job: Job) -> None:
     """A result that is missing or was edited stops the build with its name."""
     done = checkpoints.read_json(job.result)
-    if not job.output.exists() or done["notebook"] != _sha256(job.output):
+    if not job.output.exists() or done["notebook"] != provenance.file_hash(job.output):
         raise PipelineError(f"{job.output} is missing or was edited; make run-all makes it again")
     if job.config is not None:
-        checkpoints.read_json(job.output.with_name("metrics.json"))
-        checkpoints.read_json(job.output.with_name("history.json"))
+        experiment.verified_metrics(job.output.parent)
 
 
 def with_title(notebook: nbformat.NotebookNode) -> nbformat.NotebookNode:
@@ -423,18 +458,22 @@ def runs_page(profile: Profile) -> str:
             continue
         metrics = checkpoints.read_json(job.output.with_name("metrics.json"))
         scores, config = metrics["scores"], metrics["config"]
-        current = "current" if provenance.source_hash(metrics["modules"]) == metrics["source_hash"] else "changed since"
         lines.append(
             f"| [{job.name}](runs/{job.name}) | {config['dataset']} | {config['seed']} | {config['n_updates']} "
             f"| {scores['mse']:.4f} ± {scores['mse_standard_error']:.4f} ({scores['n_images']} images) "
-            f"| {metrics['seconds']['training']:.0f} s | {metrics['environment']['processor']} | {current} |"
+            f"| {metrics['seconds']['training']:.0f} s | {metrics['environment']['processor']} | {_sources(job, profile)} |"
         )
     lines += ["", "MSE is per pixel on $[-1, 1]$, with its standard error over images.", "", "## Chapters", ""]
-    lines += ["| chapter | seconds to execute |", "|---|---|"]
+    lines += ["| chapter | seconds to execute | sources |", "|---|---|---|"]
     lines += [
-        f"| {{doc}}`{job.name}` | {checkpoints.read_json(job.result)['seconds']:.0f} |" for job in profile.chapters
+        f"| {{doc}}`{job.name}` | {checkpoints.read_json(job.result)['seconds']:.0f} | {_sources(job, profile)} |"
+        for job in profile.chapters
     ]
     return "\n".join(lines) + "\n"
+
+
+def _sources(job: Job, profile: Profile) -> str:
+    return "current" if current(job, profile) else "**changed since**"
 
 
 def _refuse_unknown(path: Path, row: dict[str, Any], known: set[str]) -> None:
@@ -448,10 +487,6 @@ def _expected(job: Job) -> float:
     with contextlib.suppress(checkpoints.CheckpointError):
         return checkpoints.read_json(job.result)["seconds"]
     return job.seconds
-
-
-def _sha256(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def _clock(seconds: float) -> str:
@@ -469,14 +504,15 @@ def main(arguments: list[str] | None = None) -> int:
             sub.add_argument("--only", nargs="*", default=[])
         if command == "execute":
             sub.add_argument("name")
-        if command != "book":
-            sub.add_argument("--seeds", type=lambda text: [int(s) for s in text.split(",")])
+        sub.add_argument("--seeds", type=lambda text: [int(s) for s in text.split(",")])
     given = parser.parse_args(arguments)
+    if os.environ.get("SRLIB_DATA"):  # notebooks are executed in their own folders
+        os.environ["SRLIB_DATA"] = str(Path(os.environ["SRLIB_DATA"]).absolute())
     try:
-        if given.command == "book":
-            print(f"the book is at {build_book(load_profile(given.profile))}")
-            return 0
         profile = load_profile(given.profile, given.seeds)
+        if given.command == "book":
+            print(f"the book is at {build_book(profile)}")
+            return 0
         if given.command == "execute":
             execute(profile.jobs[given.name], profile)
             return 0

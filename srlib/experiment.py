@@ -10,10 +10,12 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import importlib
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import MISSING, asdict, dataclass, fields
 from pathlib import Path
+from types import ModuleType
 from typing import Any, Literal, get_args
 
 import torch
@@ -22,15 +24,29 @@ import yaml
 from . import checkpoints, provenance
 from .data import Dataset, Split, load, to_unit_range
 from .evaluation.reconstruction import recognised, reconstructions, squared_error
-from .generators import TopDownGenerator
-from .langevin import noise_scale_from_step_size
-from .learning import ShortRun
-from .step_size import StepSizeSearch
 from .system import System
 from .training import TrainingPlan, snapshot_file
 
 EvaluationSplit = Literal["test", "validation"]
 Search = Literal["none", "grid", "descent"]
+
+
+def known_systems() -> dict[str, str]:
+    """System -> the module with its `builder`: the files in baselines/ and the paper's system.
+
+    Named as text, and imported where it is used: so a run's sources are the modules that its own system needs, and a new
+    baseline, or a change to one, leaves the runs of all others as they are.
+    """
+    baselines = sorted(path.stem for path in (provenance.LIBRARY / "baselines").glob("[!_]*.py"))
+    return {"short_run": "srlib.short_run_system"} | {name: f"srlib.baselines.{name}" for name in baselines}
+
+
+SYSTEMS = known_systems()
+
+
+def modules(system: str) -> list[str]:
+    """The modules of srlib that a run of `system` depends on."""
+    return provenance.imported_modules(["srlib.experiment", SYSTEMS[system]])
 
 
 @dataclass(frozen=True)
@@ -74,7 +90,7 @@ class Config:
             raise ValueError(f"seed={self.seed!r} must be a whole number from 0 to 2^32 - 1")
         if self.step_size_search not in get_args(Search):
             raise ValueError(f"step_size_search={self.step_size_search!r} must be one of {get_args(Search)}")
-        self.search()
+        self._module().builder(self)
         self.plan()
 
     @classmethod
@@ -105,38 +121,19 @@ class Config:
     def plan(self) -> TrainingPlan:
         return TrainingPlan(self.n_updates, self.batch_size, self.learning_rates, self.betas, self.snapshots)
 
-    def search(self) -> StepSizeSearch | None:
-        if self.step_size_search == "none":
-            return None
-        return StepSizeSearch(self.step_size_search, self.estimator, self.search_images)
-
     def build(self, image_shape: tuple[int, int, int]) -> System:
         """The untrained system; its first weights depend on `seed` alone."""
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(_stream(self.seed, 0))
-            return SYSTEMS[self.system](self, image_shape)
+            return self._module().builder(self)(image_shape)
 
     def torch_device(self) -> torch.device:
         if self.device == "auto":
             return torch.device("cuda" if torch.cuda.is_available() else "cpu")
         return torch.device(self.device)
 
-
-def _short_run(config: Config, image_shape: tuple[int, int, int]) -> ShortRun:
-    generator = TopDownGenerator(config.latent_dims, image_shape, config.channels, config.feature_size)
-    return ShortRun(
-        generator,
-        config.n_steps,
-        config.step_size,
-        config.sigma,
-        config.sigma_start,
-        config.anneal_fraction,
-        config.search(),
-        config.every,
-    )
-
-
-SYSTEMS: dict[str, Callable[[Config, tuple[int, int, int]], System]] = {"short_run": _short_run}
+    def _module(self) -> ModuleType:
+        return importlib.import_module(SYSTEMS[self.system])
 
 
 def run(config: Config, output: Path | str, progress: bool = True) -> dict[str, Any]:
@@ -159,7 +156,8 @@ def run(config: Config, output: Path | str, progress: bool = True) -> dict[str, 
     checkpoints.write_json(output / "history.json", {"history": history})
     checkpoints.save(output / "model.safetensors", system.state_dict(), {"config": asdict(config)})
 
-    modules = provenance.imported_modules(["srlib.experiment"])
+    written = [output / "history.json", *sorted(output.glob("*.safetensors"))]
+    sources = modules(config.system)
     metrics = {
         "config": asdict(config),
         "scores": evaluate(system, dataset, config.evaluation_split, config.seed),
@@ -169,9 +167,10 @@ def run(config: Config, output: Path | str, progress: bool = True) -> dict[str, 
             "step_size_search": sum(history.get("search_seconds", [])),
             "all": time.monotonic() - started,
         },
-        "environment": provenance.environment(),
-        "source_hash": provenance.source_hash(modules),
-        "modules": modules,
+        "environment": provenance.environment(str(config.torch_device())),
+        "files": {path.name: provenance.file_hash(path) for path in written},
+        "source_hash": provenance.source_hash(sources),
+        "modules": sources,
     }
     checkpoints.write_json(output / "metrics.json", metrics)
     return metrics
@@ -189,14 +188,24 @@ def evaluate(system: System, dataset: Dataset, split: EvaluationSplit, seed: int
         "mse": errors.mean().item(),
         "mse_standard_error": errors.std().item() / len(errors) ** 0.5,
     }
-    if isinstance(system, ShortRun):
+    if hasattr(system, "step_size"):
         scores["step_size"] = system.step_size.item()
-        scores["noise_scale"] = noise_scale_from_step_size(system.step_size.item())
+        scores["noise_scale"] = (2 * system.step_size.item()) ** 0.5  # delta of the authors' script, s = delta^2 / 2
     if held_out.labels is not None:
         train = to_unit_range(dataset.train.images), dataset.train.labels
         scores["recognised_originals"] = recognised(*train, images, held_out.labels)[1]
         scores["recognised_reconstructions"] = recognised(*train, reconstructed, held_out.labels)[1]
     return scores
+
+
+def verified_metrics(directory: Path) -> dict[str, Any]:
+    """The metrics of a finished run. Raises `CheckpointError` if they, or another file of the run, are not what it wrote."""
+    metrics = checkpoints.read_json(directory / "metrics.json")
+    for name, written in metrics.get("files", {"model.safetensors": "not recorded"}).items():
+        path = directory / name
+        if not path.exists() or provenance.file_hash(path) != written:
+            raise checkpoints.CheckpointError(f"{path} is missing or not the one that its run wrote; run it again")
+    return metrics
 
 
 def load_run(
@@ -207,7 +216,7 @@ def load_run(
     snapshot : the system as it was after that many updates, one of the configuration's `snapshots`.
     """
     directory = Path(directory)
-    metrics = checkpoints.read_json(directory / "metrics.json")
+    metrics = verified_metrics(directory)
     history = checkpoints.read_json(directory / "history.json")["history"]
     tensors, saved = checkpoints.load(directory / "model.safetensors", device)
     config = Config.from_dict(saved["config"])

@@ -52,6 +52,11 @@ def source_hash(modules: Iterable[str]) -> str:
     return digest.hexdigest()
 
 
+def file_hash(path: Path) -> str:
+    """The sha256 of a file in hexadecimal."""
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
 def environment(device: str = "cpu") -> dict[str, str | int]:
     """Versions, platform and hardware, to be kept with a result. `device` is the torch device that the work was done on."""
     import torch

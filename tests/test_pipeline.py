@@ -4,9 +4,11 @@ import os
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import nbformat
+import papermill
 import pytest
 import yaml
 
@@ -40,15 +42,17 @@ kernelspec:
 ```
 """
 RUN = """from pathlib import Path
-from srlib import checkpoints
+from srlib import checkpoints, provenance
 from srlib.data import DatasetUnavailable
 Path(output).mkdir(parents=True, exist_ok=True)
 if config["dataset"] == "mnist":
     raise DatasetUnavailable("mnist: set SRLIB_DATA")
 if config["n_updates"] == 666:
     raise ArithmeticError("this run fails")
-for name in ("metrics", "history"):
-    checkpoints.write_json(Path(output) / f"{name}.json", {"n_updates": config["n_updates"]})"""
+model = Path(output) / "model.safetensors"
+model.write_text("weights")
+metrics = {"n_updates": config["n_updates"], "files": {model.name: provenance.file_hash(model)}}
+checkpoints.write_json(Path(output) / "metrics.json", metrics)"""
 
 
 @pytest.fixture
@@ -71,6 +75,25 @@ def project(tmp_path):
     return tmp_path, matrix
 
 
+@pytest.fixture
+def without_kernels(monkeypatch):
+    """Notebooks are executed by this process instead of a kernel of their own, which takes seconds to start."""
+
+    def execute_notebook(source, target, parameters, cwd, **options):
+        notebook, names = nbformat.read(source, as_version=4), {}
+        (position,) = (i for i, c in enumerate(notebook.cells) if "parameters" in c.metadata.get("tags", []))
+        injected = "# Parameters\n" + "\n".join(f"{name} = {value!r}" for name, value in parameters.items())
+        cell = nbformat.v4.new_code_cell(injected, metadata={"tags": ["injected-parameters"]})
+        notebook.cells.insert(position + 1, cell)
+        monkeypatch.chdir(cwd)
+        for cell in notebook.cells:
+            if cell.cell_type == "code":
+                exec(cell.source, names)
+        nbformat.write(notebook, target)
+
+    monkeypatch.setattr(papermill, "execute_notebook", execute_notebook)
+
+
 def write_matrix(root, matrix):
     (root / "papermill_runs" / "quick.yaml").write_text(yaml.safe_dump(matrix))
 
@@ -85,7 +108,7 @@ def execute_all(root):
     return executed
 
 
-def test_a_change_repeats_just_what_depends_on_it(project):
+def test_a_change_repeats_just_what_depends_on_it(project, without_kernels):
     root, matrix = project
     assert execute_all(root) == ["tiny-seed0", "alone", "reader"]
     assert execute_all(root) == []
@@ -113,33 +136,38 @@ def test_results_show_their_parameters_and_no_trace_of_the_machine(project):
     assert 'profile = "quick"' in notebook.cells[1].source
 
 
-def test_a_finished_training_is_only_shown_again_when_its_notebook_changes(project):
+def test_a_finished_training_is_only_shown_again_when_its_notebook_changes(project, without_kernels):
     root, _ = project
     path = root / "papermill_runs" / "train.md"
-    sealed = """, "config": config, "modules": ["srlib.langevin"], "source_hash": source_hash(["srlib.langevin"])})"""
-    code = RUN.replace("})", sealed).replace("from pathlib", "from srlib.provenance import source_hash\nfrom pathlib")
+    sealed = """"config": config, "source_hash": provenance.source_hash(experiment.modules("short_run")), "files":"""
+    code = RUN.replace('"files":', sealed).replace("import checkpoints", "import checkpoints, experiment")
     path.write_text(path.read_text().replace(RUN, code))
     profile = pipeline.load_profile("quick", root=root)
     pipeline.execute(profile.jobs["tiny-seed0"], profile)
-    model = root / "papermill_runs/quick/tiny-seed0/model"
-    model.write_text("weights")
+    kept = root / "papermill_runs/quick/tiny-seed0/kept"
+    kept.touch()
     path.write_text(path.read_text() + "\nMore prose.\n")
     assert not pipeline.up_to_date(profile.jobs["tiny-seed0"], profile)
     pipeline.execute(profile.jobs["tiny-seed0"], profile)
-    assert model.exists()
-    metrics = model.with_name("metrics.json")
+    assert kept.exists()
+    metrics = kept.with_name("metrics.json")
     older = {name: value for name, value in checkpoints.read_json(metrics).items() if name != "checksum"}
     checkpoints.write_json(metrics, older | {"source_hash": "of older sources"})
     pipeline.execute(profile.jobs["tiny-seed0"], profile)
-    assert not model.exists()
+    assert not kept.exists()
 
 
-def test_edited_or_missing_results_stop_the_book_with_their_name(project):
+def test_edited_or_missing_results_stop_the_book_with_their_name(project, without_kernels):
     root, _ = project
     execute_all(root)
     profile = pipeline.load_profile("quick", root=root)
     run = profile.jobs["tiny-seed0"]
     pipeline.verify(run)
+    model = run.output.with_name("model.safetensors")
+    model.write_text("other weights")
+    with pytest.raises(ValueError, match=r"model\.safetensors is missing or not the one"):
+        pipeline.verify(run)
+    model.write_text("weights")
     metrics = run.output.with_name("metrics.json")
     metrics.write_text(metrics.read_text().replace("3", "4", 1))
     with pytest.raises(ValueError, match=r"metrics\.json was edited"):
@@ -150,6 +178,37 @@ def test_edited_or_missing_results_stop_the_book_with_their_name(project):
     profile.jobs["alone"].output.unlink()
     with pytest.raises(pipeline.PipelineError, match=r"alone\.ipynb is missing"):
         pipeline.verify(profile.jobs["alone"])
+
+
+def test_the_book_tells_which_results_are_of_older_sources(project, without_kernels, monkeypatch, capsys):
+    root, matrix = project
+    write_matrix(root, {"label": "", "chapters": matrix["chapters"][:1]})
+    (root / "book" / "_toc.yml").write_text("parts: []")
+    monkeypatch.setattr(pipeline.subprocess, "run", lambda *_, **__: subprocess.CompletedProcess([], 1, "", ""))
+    execute_all(root)
+    for change, row, told in [("", "| current |", False), ("\nMore prose.\n", "| **changed since** |", True)]:
+        path = root / "book" / "alone.md"
+        path.write_text(path.read_text() + change)
+        profile = pipeline.load_profile("quick", root=root)
+        with pytest.raises(pipeline.PipelineError, match="could not be built"):  # no Sphinx in this test
+            pipeline.build_book(profile)
+        assert ("made from older sources: alone;" in capsys.readouterr().out) == told
+        page = (root / "book/_build/quick/source/runs.md").read_text()
+        assert next(line for line in page.splitlines() if "{doc}`alone`" in line).endswith(row)
+
+
+def test_a_run_without_data_waits_for_it_and_its_reason_names_no_folder_of_this_machine(project, monkeypatch, tmp_path):
+    root, matrix = project
+    write_matrix(root, matrix | {"runs": [{"name": "tiny", "dataset": "mnist"}], "chapters": []})
+    monkeypatch.setenv("SRLIB_DATA", str(tmp_path))
+    profile = pipeline.load_profile("quick", root=root)
+    (job,) = profile.runs
+    job.output.parent.mkdir(parents=True)
+    pipeline.record_not_run(job, "an older reason")
+    assert pipeline.run(profile, 1, []) == [] and not job.output.exists()
+    assert "below $SRLIB_DATA" in pipeline.not_run(job) and str(tmp_path) not in pipeline.not_run(job)
+    monkeypatch.setattr(pipeline.data, "load", lambda name: None)
+    assert not pipeline.still_absent(job)
 
 
 def test_mistyped_names_are_refused_before_anything_starts(project):
@@ -177,6 +236,20 @@ def test_a_parameter_that_the_notebook_does_not_have_is_refused(project):
         pipeline.execute(profile.jobs["alone"], profile)
 
 
+def test_parameters_are_the_names_that_the_cell_assigns(project):
+    root, _ = project
+    path = root / "book" / "alone.md"
+    cell = 'profile: str = (\n    ""\n)\nother, text = 1, """\nnone = 0"""\nprint(sep="")'
+    path.write_text(path.read_text().replace('profile = ""', cell))
+    job = pipeline.load_profile("quick", root=root).jobs["alone"]
+    pipeline.check_parameters(pipeline.jupytext.read(path), job)
+    for name in ("none", "sep"):
+        with pytest.raises(pipeline.PipelineError, match=f"no parameter {name}; it has other, profile, text"):
+            pipeline.check_parameters(
+                pipeline.jupytext.read(path), replace(job, parameters={"profile": "quick", name: 1})
+            )
+
+
 def test_seeds_replace_those_of_the_matrix(project):
     root, _ = project
     profile = pipeline.load_profile("quick", [0, 7], root)
@@ -189,14 +262,13 @@ def whole_pipeline(root, *arguments, **environment):
     """The real command, with the pipeline of the project copied beside its notebooks."""
     shutil.copy(ROOT / "papermill_runs" / "pipeline.py", root / "papermill_runs")
     command = [sys.executable, "papermill_runs/pipeline.py", "run", "quick", *arguments]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), **environment}
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "SRLIB_DATA": "", **environment}
     return subprocess.run(command, cwd=root, capture_output=True, text=True, env=environment)
 
 
 def test_a_failure_stops_nothing_else_and_missing_data_is_no_failure(project):
     root, matrix = project
-    matrix["runs"] += [{"name": "broken", "n_updates": 666}, {"name": "absent", "dataset": "mnist", "n_updates": 1}]
-    matrix["chapters"] += [{"notebook": "alone", "needs": ["tiny"]}]
+    matrix["runs"] = [{"name": "broken", "n_updates": 666}, {"name": "absent", "dataset": "mnist", "n_updates": 1}]
     matrix["chapters"] = [{"notebook": "alone"}, {"notebook": "reader", "needs": ["broken"]}]
     write_matrix(root, matrix)
     done = whole_pipeline(root, "--jobs", "2", LAUNCH="env MARK=1")
@@ -204,16 +276,16 @@ def test_a_failure_stops_nothing_else_and_missing_data_is_no_failure(project):
     assert "broken-seed0  FAILED" in done.stdout and "absent-seed0  not run (no data)" in done.stdout
     assert "reader  not started: broken-seed0 failed" in done.stdout
     results = root / "papermill_runs/quick"
-    assert (results / "tiny-seed0/job.json").exists() and (results / "book/alone.json").exists()
+    assert (results / "book/alone.json").exists()
     assert (results / "broken-seed0/train.failed.ipynb").exists() and not (
         results / "broken-seed0/train.ipynb"
     ).exists()
     assert "this run fails" in (results / "logs/broken-seed0.log").read_text()
-    matrix["runs"][1]["n_updates"] = 1
+    matrix["runs"][0]["n_updates"] = 1
     write_matrix(root, matrix)
     again = whole_pipeline(root, "--jobs", "2")
     assert again.returncode == 0, again.stdout + again.stderr
-    assert "2 of 5 jobs are up to date" in again.stdout
+    assert "1 of 4 jobs are up to date, 2 to run" in again.stdout and "absent-seed0  not run: mnist" in again.stdout
 
 
 def test_two_at_once_get_a_clear_message(project):

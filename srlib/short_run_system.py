@@ -1,0 +1,34 @@
+"""The short run system as a configuration describes it: what `experiment` asks of the module of every system."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from .generators import TopDownGenerator
+from .learning import ShortRun
+from .step_size import StepSizeSearch
+
+if TYPE_CHECKING:
+    from .experiment import Config
+
+
+def builder(config: Config) -> Callable[[tuple[int, int, int]], ShortRun]:
+    """Image shape -> the untrained system. Raises ValueError for entries of `config` that do not fit this system."""
+    search = None
+    if config.step_size_search != "none":
+        search = StepSizeSearch(config.step_size_search, config.estimator, config.search_images)
+
+    def build(image_shape: tuple[int, int, int]) -> ShortRun:
+        return ShortRun(
+            TopDownGenerator(config.latent_dims, image_shape, config.channels, config.feature_size),
+            config.n_steps,
+            config.step_size,
+            config.sigma,
+            config.sigma_start,
+            config.anneal_fraction,
+            search,
+            config.every,
+        )
+
+    return build
