@@ -1,10 +1,13 @@
-"""Exact samplers of the posterior, as references for short runs: HMC, and MALA as HMC with one leapfrog step.
+"""Exact samplers of p(e | x), to compare short runs with: Metropolis-Hastings corrected Langevin and Hamiltonian steps.
 
-    e' = leapfrog from (e, p), p ~ N(0, I), accepted with probability min(1, exp(H(e, p) - H(e', p')))     Neal 2011
-    MALA: e' = e + s score(e) + sqrt(2 s) p, the Langevin step of Eq. (10) with the same test     Roberts & Tweedie 1996
+    log p_beta(e) = log p(e) + beta log p(x | e) + const,   beta = 1: the posterior, beta = 0: the prior
+    HMC    v ~ N(0, I);  L times: v += eps/2 score(e), e += eps v, v += eps/2 score(e);
+           (e, v) is accepted with probability min(1, exp(energy before - energy after)),  energy = |v|^2/2 - log p_beta(e)
+    MALA   proposal N(e + s score(e), 2 s I), Eq. (10), accepted by Metropolis and Hastings: HMC with L = 1, eps = sqrt(2 s)
 
-A leapfrog step of length eps is a Langevin step with s = eps^2 / 2. MALA's acceptance rate at the s of a short run therefore
-measures how far that s overshoots: the short run takes every one of these steps.
+One leapfrog step from e with velocity v ends at e + (eps^2 / 2) score(e) + eps v, and the ratio of proposal densities in
+Metropolis and Hastings' rule is what the kinetic energies make of it; so there is one kernel, `hmc_step`, here.
+Without the correction MALA is the short run of Eq. (10): its rate of rejection at s measures how far short runs overshoot.
 """
 
 from __future__ import annotations
@@ -16,115 +19,128 @@ import torch
 from torch import Tensor
 
 from .generators import randn_like
+from .langevin import validated_step_size
 from .posterior import Posterior, frozen
-
-# Changes of the energy by more than this are divergences; such proposals are never accepted anyway.
-HOPELESS = 1e3
 
 
 @dataclass(frozen=True)
 class Samples:
-    """What `hmc` and `mala` return.
+    """What `mala` and `hmc` return.
 
-    final : the last states [n, d].
-    acceptance : mean acceptance probability of each chain [n].
-    states : all states after the initial one, [n_steps, n, d], where they were asked for, else None.
+    final, initial : the states after the last step and before the first, [n, d].
+    acceptance : the probability of acceptance averaged over the steps, [n] (less noisy than counting acceptances).
+    trajectory : all states [n_steps + 1, n, d] where they were asked for, else None.
     """
 
     final: Tensor
+    initial: Tensor
     acceptance: Tensor
-    states: Tensor | None
+    trajectory: Tensor | None
 
 
 @dataclass(frozen=True)
 class State:
-    """A point e [n, d] with log p(x|e) [n] and its gradient [n, d]: all that any temperature needs."""
+    """States e [n, d] with all that tempered densities need there, at every beta.
+
+    log_likelihood : log p(x | e) with all constants, [n], float64 since it is large and differences of it count.
+    pull : d/de log p(x | e), [n, d].
+    """
 
     e: Tensor
     log_likelihood: Tensor
     pull: Tensor
 
     def log_density(self, beta: float) -> Tensor:
-        """log p(e) + beta log p(x|e), up to the constant of the prior: [n]."""
-        return beta * self.log_likelihood - 0.5 * self.e.square().sum(1)
+        """log p_beta(e) up to a constant: [n], float64."""
+        return beta * self.log_likelihood - 0.5 * self.e.double().square().sum(1)
 
     def score(self, beta: float) -> Tensor:
-        """Gradient of `log_density`: [n, d]."""
+        """d/de log p_beta(e): [n, d]."""
         return beta * self.pull - self.e
 
 
-def state(posterior: Posterior, e: Tensor) -> State:
-    """Value and gradient of the log likelihood at e [n, d] by one pass forward and one backward."""
+def evaluate(posterior: Posterior, e: Tensor) -> State:
+    """log p(x | e) and its gradient at e [n, d], from one pass through the generator, forward and backward."""
+    variance = posterior.sigma**2
     with torch.enable_grad(), frozen(posterior.generator):
-        e = e.detach().requires_grad_()
-        residual = posterior.residual(e)
-        misfit = residual.square().flatten(1).sum(1) / posterior.sigma**2
-        constant = posterior.n_observed * math.log(2 * math.pi * posterior.sigma**2)
-        log_likelihood = -0.5 * (misfit + constant)
-        (pull,) = torch.autograd.grad(log_likelihood.sum(), e)
-    return State(e.detach(), log_likelihood.detach(), pull)
+        e = posterior.validated(e.detach()).requires_grad_()
+        image = posterior.generator(e)
+        residual = posterior.x - image
+        if posterior.mask is not None:
+            residual = residual * posterior.mask
+        (pull,) = torch.autograd.grad(image, e, residual.detach() / variance)
+    misfit = residual.detach().flatten(1).double().square().sum(1) / variance
+    log_likelihood = -0.5 * misfit - 0.5 * posterior.n_observed * math.log(2 * math.pi * variance)
+    return State(e.detach(), log_likelihood, pull)
 
 
 def hmc_step(
-    posterior: Posterior, now: State, length: float | Tensor, n_leapfrog: int, beta: float, rng: torch.Generator
+    posterior: Posterior,
+    state: State,
+    beta: float,
+    leapfrog_step: Tensor,
+    n_leapfrog: int,
+    rng: torch.Generator | None = None,
 ) -> tuple[State, Tensor]:
-    """One HMC transition that leaves p(e) p(x|e)^beta invariant: the new state and the acceptance probabilities [n].
+    """One Hamiltonian step that leaves p_beta invariant, and is reversible: the next state, and p(acceptance) [n].
 
-    length : leapfrog step, a number or one per chain [n, 1]. It is varied by up to a fifth from chain to chain, so that no
-        direction returns to its start every time (Neal 2011, section 3.2); a single step, MALA's, keeps its length.
+    leapfrog_step : eps, broadcastable to [n, d]. One per latent is the same as rescaled latents, so it stays exact.
+
+    Costs n_leapfrog evaluations of the generator. A path that left all bounds is rejected, not an error.
     """
-    momentum = randn_like(now.e, rng)
-    if n_leapfrog > 1:
-        vary = torch.rand(len(now.e), 1, generator=rng, dtype=torch.float64).to(now.e)
-        length = length * (0.8 + 0.4 * vary)
-    energy = 0.5 * momentum.square().sum(1) - now.log_density(beta)
-    new = now
+    velocity = randn_like(state.e, rng)
+    proposal, v = state, velocity
     for _ in range(n_leapfrog):
-        momentum = momentum + 0.5 * length * new.score(beta)
-        new = state(posterior, new.e + length * momentum)
-        momentum = momentum + 0.5 * length * new.score(beta)
-    change = 0.5 * momentum.square().sum(1) - new.log_density(beta) - energy
-    # nan, from a trajectory that left all bounds, counts as rejected
-    probability = torch.nan_to_num((-change).clamp(max=0, min=-HOPELESS).exp(), nan=0.0)
-    uniform = torch.rand(len(now.e), generator=rng, dtype=torch.float64).to(now.e.device)
-    accepted = uniform < probability
-    kept = State(
-        torch.where(accepted[:, None], new.e, now.e),
-        torch.where(accepted, new.log_likelihood, now.log_likelihood),
-        torch.where(accepted[:, None], new.pull, now.pull),
-    )
-    return kept, probability
+        v = v + 0.5 * leapfrog_step * proposal.score(beta)
+        proposal = evaluate(posterior, proposal.e + leapfrog_step * v)
+        v = v + 0.5 * leapfrog_step * proposal.score(beta)
+    kinetic = 0.5 * (velocity.double().square() - v.double().square()).sum(1)
+    log_ratio = proposal.log_density(beta) - state.log_density(beta) + kinetic
+    acceptance = log_ratio.nan_to_num(nan=-math.inf, neginf=-math.inf).clamp(max=0).exp()
+    accepted = uniform_like(acceptance, rng) < acceptance
+    return _choose(accepted, proposal, state), acceptance
 
 
 def hmc(
     posterior: Posterior,
     n_steps: int,
-    length: float | Tensor,
+    step_size: float | Tensor,
     n_leapfrog: int = 10,
     initial: Tensor | None = None,
     rng: torch.Generator | None = None,
-    keep_states: bool = False,
+    keep_trajectory: bool = False,
 ) -> Samples:
-    """n_steps transitions of Hamiltonian Monte Carlo on p(e|x), one chain for each image.
+    """Hamiltonian Monte Carlo on p(e | x), one chain for each of the n images.
 
-    length : leapfrog step, a number or one per chain [n, 1].
-    initial : start [n, d]; None draws it from the prior.
+    Parameters
+    ----------
+    n_steps : number of proposals, of `n_leapfrog` gradients each.
+    step_size : eps of a leapfrog step (not the s of Eq. (10): s = eps^2 / 2), broadcastable to [n_steps, n, d].
+    initial : first states [n, d]; None draws them from the prior.
+    rng : source of the first states, the velocities and the acceptances; the same seed gives the same bits. None:
+        torch's global state.
+    keep_trajectory : also return all states.
 
-    Raises ValueError for numbers that are not positive and shapes that do not fit.
+    Paths of a fixed length can be periodic for Gaussian targets (eps n_leapfrog = pi in a latent of variance 1);
+    vary `step_size` over the steps where that matters.
+
+    Raises ValueError for arguments that do not fit. Source: Neal 2011, "MCMC using Hamiltonian dynamics".
     """
-    if n_steps < 1 or n_leapfrog < 1:
-        raise ValueError(f"n_steps={n_steps} and n_leapfrog={n_leapfrog} must be at least 1")
-    if not (torch.as_tensor(length) > 0).all():
-        raise ValueError(f"length={length} must be positive")
-    rng = rng or torch.Generator().manual_seed(int(torch.randint(2**62, ())))
-    e = posterior.generator.sample_prior(len(posterior), rng) if initial is None else posterior.validated(initial)
-    now, acceptance, states = state(posterior, e), torch.zeros_like(e[:, 0]), []
-    for _ in range(n_steps):
-        now, probability = hmc_step(posterior, now, length, n_leapfrog, 1.0, rng)
-        acceptance = acceptance + probability / n_steps
-        if keep_states:
-            states.append(now.e)
-    return Samples(now.e, acceptance, torch.stack(states) if keep_states else None)
+    _check_whole("n_steps", n_steps)
+    _check_whole("n_leapfrog", n_leapfrog)
+    e = posterior.generator.sample_prior(len(posterior), rng) if initial is None else initial.detach()
+    shape = (n_steps, *posterior.validated(e).shape)
+    steps = validated_step_size(step_size, shape, e).detach().expand(shape)
+    state = start = evaluate(posterior, e)
+    if not state.log_likelihood.isfinite().all():
+        raise ValueError("log p(x | e) is not finite at the initial states; they are NaN or far outside the prior")
+    acceptance, trajectory = torch.zeros_like(state.log_likelihood), [e]
+    for leapfrog_step in steps:
+        state, probability = hmc_step(posterior, state, 1.0, leapfrog_step, n_leapfrog, rng)
+        acceptance += probability
+        if keep_trajectory:
+            trajectory.append(state.e)
+    return Samples(state.e, start.e, acceptance / n_steps, torch.stack(trajectory) if keep_trajectory else None)
 
 
 def mala(
@@ -133,13 +149,34 @@ def mala(
     step_size: float | Tensor,
     initial: Tensor | None = None,
     rng: torch.Generator | None = None,
-    keep_states: bool = False,
+    keep_trajectory: bool = False,
 ) -> Samples:
-    """n_steps Metropolis-adjusted Langevin steps: `short_run` with an acceptance test after every step.
+    """Metropolis-adjusted Langevin on p(e | x): Eq. (10) with the correction that makes it exact.
 
-    step_size : the s of Eq. (10), a number or one per chain [n, 1].    Everything else as in `hmc`.
+    step_size : s of Eq. (10), as in `short_run`; all else as in `hmc`, of which this is the case of one leapfrog step.
+
+    Raises ValueError for arguments that do not fit. Source: Roberts and Tweedie 1996.
     """
-    s = torch.as_tensor(step_size, dtype=posterior.x.dtype, device=posterior.x.device)
-    if not (s > 0).all():
-        raise ValueError(f"step_size={step_size} must be positive; a usual value is 1.25e-3")
-    return hmc(posterior, n_steps, (2 * s).sqrt(), 1, initial, rng, keep_states)
+    leapfrog_step = (2 * torch.as_tensor(step_size, dtype=torch.float64)).sqrt()
+    return hmc(posterior, n_steps, leapfrog_step, 1, initial, rng, keep_trajectory)
+
+
+def _choose(accepted: Tensor, proposal: State, state: State) -> State:
+    """The proposal where it was accepted [n], else the state."""
+    row = accepted[:, None]
+    return State(
+        torch.where(row, proposal.e, state.e),
+        torch.where(accepted, proposal.log_likelihood, state.log_likelihood),
+        torch.where(row, proposal.pull, state.pull),
+    )
+
+
+def uniform_like(tensor: Tensor, rng: torch.Generator | None = None) -> Tensor:
+    """Uniform numbers on [0, 1) like `tensor`, drawn where `rng` lives as in `randn_like`."""
+    device = tensor.device if rng is None else rng.device
+    return torch.rand(tensor.shape, generator=rng, device=device, dtype=tensor.dtype).to(tensor.device)
+
+
+def _check_whole(name: str, value: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ValueError(f"{name}={value} must be a whole number, at least 1")

@@ -1,10 +1,15 @@
-"""log p(x), bounded from both sides by annealed importance sampling.
+"""log p(x) between two stochastic bounds: annealed importance sampling, forwards and in reverse.
 
-    p_t(e) ~ p(e) p(x|e)^beta_t,  0 = beta_0 < ... < beta_T = 1;  e_0 ~ p(e),  e_t ~ HMC leaving p_t invariant     Neal 2001
-    log w = sum_t (beta_t - beta_{t-1}) log p(x|e_{t-1}),   E w = p(x),   so E log(mean w) <= log p(x)
-    backwards from an exact draw of p(e|x):   E 1/w = 1/p(x),   so E -log(mean 1/w) >= log p(x)      Grosse et al. 2015
+    log p_t(e) = log p(e) + beta_t log p(x | e) + const,    0 = beta_0 < ... < beta_T = 1
+    forward    e_0 ~ p(e),       e_t by a step that keeps p_t,        w  = prod_t p(x | e_{t-1})^(beta_t - beta_{t-1})
+    reverse    e_T ~ p(e | x),   e_{t-1} by a step that keeps p_{t-1},  1/w' = prod_t p(x | e_t)^-(beta_t - beta_{t-1})
+    E w = p(x),    E 1/w' = 1 / p(x),    so that  E log mean w <= log p(x) <= E [-log mean 1/w']
 
-Exact draws of the posterior exist where the image was simulated: e ~ p(e), x ~ p(x|e) makes e one.
+The steps are Hamiltonian (`samplers.hmc_step`). Temperatures and step sizes are tuned on a pilot run with random numbers
+of its own and then fixed, so both expectations are exact. An exact draw from p(e | x) is at hand for simulated images
+only: e ~ p(e), x ~ p(x | e), which is a draw of e from p(e | x) as well (`simulate`).
+
+Sources: Neal 2001 (annealed importance sampling); Grosse, Ghahramani and Adams 2015 (the reverse chain, "bidirectional Monte Carlo").
 """
 
 from __future__ import annotations
@@ -17,126 +22,236 @@ from torch import Tensor
 
 from ..generators import Generator, randn_like
 from ..posterior import Posterior
-from ..samplers import hmc_step, state
+from ..samplers import State, evaluate, hmc_step, uniform_like
 
-# The acceptance rate at which HMC explores fastest (Beskos et al. 2013).
-TARGET_ACCEPTANCE = 0.65
+# Pilot: temperatures are this many standard deviations of log p(x | e) apart, each with so many steps to tune by.
+PILOT_SPACING, PILOT_STEPS = 1.0, 4
+PILOT_CHAINS, PILOT_LIMIT = 8, 2000
+# Acceptance that the step sizes aim at, and how fast they follow it.
+TARGET_ACCEPTANCE, GAIN = 0.8, 0.5
 
 
 @dataclass(frozen=True)
-class Evidence:
-    """An estimate of log p(x) for each image.
+class Annealing:
+    """A path from prior to posterior, fixed before it is used.
 
-    log_marginal, standard_error : [n]; the error is that of the logarithm of the mean weight over chains.
-    effective_sample_size : of the chains' weights, [n]; near 1 the estimate rests on one chain.
-    acceptance : mean acceptance probability at each temperature, [T].
+    beta : beta_0 = 0, ..., beta_T = 1, [T + 1], float64.
+    leapfrog_step : eps at beta_1, ..., beta_T for each image, [T, n].
+    n_leapfrog : leapfrog steps of one Hamiltonian step.
     """
 
-    log_marginal: Tensor
+    beta: Tensor
+    leapfrog_step: Tensor
+    n_leapfrog: int
+
+
+@dataclass(frozen=True)
+class LikelihoodEstimate:
+    """log p(x) of n images from C chains each; all float64.
+
+    estimate : log p(x), [n]. Too low on average from a forward run, too high from a reverse run.
+    standard_error : its Monte Carlo standard error, [n]: the relative one of the mean weight over the C chains. Itself an
+        estimate from the same weights, so too small where `effective_sample_size` is close to 1.
+    effective_sample_size : 1 / sum of squared normalised weights, between 1 and C, [n].
+    acceptance : at each temperature between prior and posterior, averaged over chains, [T - 1, n], in the order of beta.
+    log_weights : log w (forward) or log w' (reverse) of each chain, [n, C].
+    """
+
+    estimate: Tensor
     standard_error: Tensor
     effective_sample_size: Tensor
     acceptance: Tensor
+    log_weights: Tensor
 
 
-def simulate(generator: Generator, n: int, sigma: float, rng: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
-    """n images from the model and the latents that made them, e ~ p(e|x): x [n, C, H, W] and e [n, d]."""
-    e = generator.sample_prior(n, rng)
-    with torch.no_grad():
-        mean = generator(e)
-    return mean + sigma * randn_like(mean, rng), e
+@dataclass(frozen=True)
+class Bounds:
+    """What `bidirectional` returns: log p(x) lies between `lower.estimate` and `upper.estimate`, but for noise."""
+
+    lower: LikelihoodEstimate
+    upper: LikelihoodEstimate
+
+    @property
+    def gap(self) -> Tensor:
+        """upper - lower, [n]: its mean bounds the mean error of either side."""
+        return self.upper.estimate - self.lower.estimate
 
 
 def annealed_importance_sampling(
     posterior: Posterior,
     n_temperatures: int = 500,
     n_chains: int = 16,
-    n_leapfrog: int = 5,
     rng: torch.Generator | None = None,
-) -> Evidence:
-    """log p(x) from below, on average, for each image of `posterior`.
+    n_leapfrog: int = 10,
+    annealing: Annealing | None = None,
+) -> LikelihoodEstimate:
+    """log p(x) of each image over its observed pixels, by annealed importance sampling from prior to posterior.
 
-    n_temperatures : T; beta_t = (t / T)^4, fine where the likelihood first bites.
-    n_chains : independent chains for each image.
+    Parameters
+    ----------
+    n_temperatures : T. The bias falls as 1/T; T should be several times the path's length (`tune_annealing`).
+    n_chains : C independent chains for each image, at least 2.
+    rng : source of the pilot run's and then this run's random numbers; the same seed gives the same bits.
+    n_leapfrog : gradients of one Hamiltonian step; the cost is about T n C n_leapfrog of them.
+    annealing : from `tune_annealing`; None tunes one. It replaces `n_temperatures` and `n_leapfrog`.
 
-    The leapfrog steps are tuned in a pilot run with other random numbers and then fixed, so that the weights stay unbiased.
+    Raises ValueError for arguments that do not fit.
     """
-    chains, rng = _repeated(posterior, n_chains, n_temperatures), _seeded(rng)
-    betas = torch.linspace(0, 1, n_temperatures + 1, dtype=torch.float64).pow(4).tolist()
-    _, _, lengths, _ = _anneal(
-        chains, chains.generator.sample_prior(len(chains), rng), betas, n_leapfrog, n_chains, rng
+    _check_at_least("n_chains", n_chains, 2)
+    if annealing is None:
+        annealing = tune_annealing(posterior, n_temperatures, rng, n_leapfrog)
+    copies = _copies(posterior, n_chains)
+    state = evaluate(copies, copies.generator.sample_prior(len(copies), rng))
+    beta, increments = annealing.beta.tolist(), annealing.beta.diff().tolist()
+    log_weights, acceptance = increments[0] * state.log_likelihood, []
+    for t, increment in enumerate(increments[1:], start=1):
+        state, probability = _move(copies, state, beta[t], annealing.leapfrog_step[t - 1], annealing.n_leapfrog, rng)
+        log_weights = log_weights + increment * state.log_likelihood
+        acceptance.append(probability)
+    return _estimate(log_weights.unflatten(0, (-1, n_chains)), acceptance)
+
+
+def reverse_annealed_importance_sampling(
+    posterior: Posterior,
+    exact_sample: Tensor,
+    annealing: Annealing,
+    n_chains: int = 16,
+    rng: torch.Generator | None = None,
+) -> LikelihoodEstimate:
+    """log p(x) from above, by chains that leave an exact draw e ~ p(e | x) [n, d] for the prior.
+
+    All C chains of an image start at its one exact draw. That keeps the bound, but `standard_error` is then given that
+    draw: only averages over images have an error that spread over the images shows.
+    """
+    _check_at_least("n_chains", n_chains, 2)
+    start = posterior.validated(exact_sample).detach().repeat_interleave(n_chains, 0)
+    copies = _copies(posterior, n_chains)
+    state = evaluate(copies, start)
+    beta, increments = annealing.beta.tolist(), annealing.beta.diff().tolist()
+    log_weights, acceptance = increments[-1] * state.log_likelihood, []
+    for t in range(len(increments) - 1, 0, -1):
+        state, probability = _move(copies, state, beta[t], annealing.leapfrog_step[t - 1], annealing.n_leapfrog, rng)
+        log_weights = log_weights + increments[t - 1] * state.log_likelihood
+        acceptance.append(probability)
+    inverse = _estimate(-log_weights.unflatten(0, (-1, n_chains)), acceptance[::-1])
+    return LikelihoodEstimate(
+        -inverse.estimate,
+        inverse.standard_error,
+        inverse.effective_sample_size,
+        inverse.acceptance,
+        -inverse.log_weights,
     )
-    start = chains.generator.sample_prior(len(chains), rng)
-    log_weight, acceptance, _, _ = _anneal(chains, start, betas, n_leapfrog, n_chains, rng, lengths)
-    return _evidence(log_weight.reshape(-1, n_chains), acceptance)
 
 
 def bidirectional(
     posterior: Posterior,
-    exact: Tensor,
+    exact_sample: Tensor,
     n_temperatures: int = 500,
     n_chains: int = 16,
-    n_leapfrog: int = 5,
     rng: torch.Generator | None = None,
-) -> tuple[Evidence, Evidence]:
-    """log p(x) from below and from above, on average, for simulated images (see `simulate`).
+    n_leapfrog: int = 10,
+) -> Bounds:
+    """log p(x) from both sides: forward and reverse annealed importance sampling along one tuned path.
 
-    exact : draws e ~ p(e|x), one for each image, [n, d].    Everything else as in `annealed_importance_sampling`.
+    posterior, exact_sample : simulated images and the latents [n, d] that made them, as from `simulate`.
+
+    The rest as in `annealed_importance_sampling`. For real images only the lower side exists; the gap on images that the
+    model itself made says how far to trust it there (Wu et al. 2017).
     """
-    chains, rng = _repeated(posterior, n_chains, n_temperatures), _seeded(rng)
-    below = annealed_importance_sampling(posterior, n_temperatures, n_chains, n_leapfrog, rng)
-    betas = torch.linspace(1, 0, n_temperatures + 1, dtype=torch.float64).pow(4).tolist()
-    start = posterior.validated(exact).repeat_interleave(n_chains, 0)
-    _, _, lengths, _ = _anneal(chains, start, betas, n_leapfrog, n_chains, rng)
-    log_weight, acceptance, _, _ = _anneal(chains, start, betas, n_leapfrog, n_chains, rng, lengths)
-    inverse = _evidence(log_weight.reshape(-1, n_chains), acceptance)
-    above = Evidence(-inverse.log_marginal, inverse.standard_error, inverse.effective_sample_size, acceptance)
-    return below, above
+    annealing = tune_annealing(posterior, n_temperatures, rng, n_leapfrog)
+    lower = annealed_importance_sampling(posterior, n_chains=n_chains, rng=rng, annealing=annealing)
+    return Bounds(lower, reverse_annealed_importance_sampling(posterior, exact_sample, annealing, n_chains, rng))
 
 
-def _anneal(
-    posterior: Posterior,
-    start: Tensor,
-    betas: list[float],
-    n_leapfrog: int,
-    n_chains: int,
-    rng: torch.Generator,
-    lengths: list[Tensor] | None = None,
-) -> tuple[Tensor, Tensor, list[Tensor], Tensor]:
-    """Walk through `betas`: log weights [n], acceptance [T], the leapfrog steps used [n, 1] each, and the last states.
+def simulate(
+    generator: Generator, n: int, sigma: float, rng: torch.Generator | None = None, mask: Tensor | None = None
+) -> tuple[Posterior, Tensor]:
+    """n images x ~ p(x | e), e ~ p(e): their posterior, and e [n, d], an exact draw from it."""
+    e = generator.sample_prior(n, rng)
+    with torch.no_grad():
+        image = generator(e)
+    return Posterior(generator, image + sigma * randn_like(image, rng), sigma, mask), e
 
-    lengths : leapfrog steps to use; None adapts them, one per image, towards TARGET_ACCEPTANCE.
+
+def tune_annealing(
+    posterior: Posterior, n_temperatures: int = 500, rng: torch.Generator | None = None, n_leapfrog: int = 10
+) -> Annealing:
+    """Temperatures and step sizes for these images, from a short pilot run.
+
+    The pilot goes up in beta so that log w of one temperature spreads by `PILOT_SPACING` over the chains of an image
+    (root mean square over images): equal steps of that length, int sd_beta(log p(x|e)) dbeta, make the variance of the
+    weights smallest. The T temperatures lie evenly along that length (Gelman and Meng 1998). The step size of each image
+    follows its acceptance; between the pilot's temperatures it is interpolated.
     """
-    now, log_weight, used, acceptance = state(posterior, start), start.new_zeros(len(start)).double(), [], []
-    length = torch.full_like(start[:, :1], _first_length(posterior, betas[0]))
-    for i, (before, after) in enumerate(zip(betas, betas[1:])):
-        log_weight = log_weight + (after - before) * now.log_likelihood.double()
-        length = length if lengths is None else lengths[i]
-        used.append(length)
-        now, probability = hmc_step(posterior, now, length, n_leapfrog, after, rng)
-        acceptance.append(probability.mean())
-        if lengths is None:
-            by_image = probability.reshape(-1, n_chains).mean(1).repeat_interleave(n_chains)[:, None]
-            length = length * (0.5 * (by_image - TARGET_ACCEPTANCE)).exp()
-    return log_weight, torch.stack(acceptance), used, now.e
+    _check_at_least("n_temperatures", n_temperatures, 2)
+    _check_at_least("n_leapfrog", n_leapfrog, 1)
+    copies = _copies(posterior, PILOT_CHAINS)
+    state = evaluate(copies, copies.generator.sample_prior(len(copies), rng))
+    # at beta = 0 the target is N(0, I): paths of 1 to 2, about a quarter of the period 2 pi, forget where they began
+    log_step = torch.full((len(posterior),), math.log(2.0 / n_leapfrog), dtype=torch.float64, device=state.e.device)
+    betas, log_steps = [0.0], [log_step]
+    while betas[-1] < 1:
+        if len(betas) > PILOT_LIMIT:
+            raise ValueError(
+                f"after {PILOT_LIMIT} pilot temperatures beta is {betas[-1]:.2g}: log p(x|e) varies too much for "
+                f"annealing; is sigma={posterior.sigma} the model's?"
+            )
+        spread = state.log_likelihood.unflatten(0, (-1, PILOT_CHAINS)).var(1).mean().sqrt().item()
+        betas.append(min(1.0, betas[-1] + PILOT_SPACING / max(spread, 1e-12)))
+        at_this_beta = []
+        for _ in range(PILOT_STEPS):
+            state, probability = _move(copies, state, betas[-1], log_step.exp(), n_leapfrog, rng)
+            log_step = (log_step + GAIN * (probability - TARGET_ACCEPTANCE)).clamp(max=log_steps[0])
+            at_this_beta.append(log_step)
+        log_steps.append(torch.stack(at_this_beta).mean(0))
+    # evenly spaced in length, at which the pilot's temperatures lie 0, 1, 2, ..., T pilot spacings along
+    position = torch.linspace(0, len(betas) - 1, n_temperatures + 1, dtype=torch.float64)
+    beta = _interpolated(position, torch.tensor(betas, dtype=torch.float64)[:, None])[:, 0]
+    beta[0], beta[-1] = 0.0, 1.0
+    return Annealing(beta, _interpolated(position, torch.stack(log_steps))[1:].exp(), n_leapfrog)
 
 
-def _first_length(posterior: Posterior, beta: float) -> float:
-    """A leapfrog step to start the adaptation from: of the width of the prior, or of the pixel noise after the image."""
-    return 0.3 if beta == 0 else min(0.3, 0.3 * posterior.sigma)
+def _interpolated(position: Tensor, values: Tensor) -> Tensor:
+    """Rows of values [m, n] at positions between 0 and m - 1, linearly: [len(position), n]."""
+    position = position.to(values.device)
+    below = position.floor().long().clamp(max=len(values) - 2)
+    fraction = (position - below)[:, None]
+    return (1 - fraction) * values[below] + fraction * values[below + 1]
 
 
-def _evidence(log_weight: Tensor, acceptance: Tensor) -> Evidence:
-    n_chains = log_weight.shape[1]
-    estimate = log_weight.logsumexp(1) - math.log(n_chains)
-    relative = (log_weight - estimate[:, None]).exp()  # weights over their mean
-    return Evidence(estimate, relative.std(1) / n_chains**0.5, n_chains / relative.square().mean(1), acceptance)
-
-
-def _repeated(posterior: Posterior, n_chains: int, n_temperatures: int) -> Posterior:
-    if n_chains < 2 or n_temperatures < 1:
-        raise ValueError(f"n_chains={n_chains} must be at least 2 and n_temperatures={n_temperatures} at least 1")
+def _copies(posterior: Posterior, n_chains: int) -> Posterior:
+    """Each image n_chains times in a row."""
     return posterior[torch.arange(len(posterior), device=posterior.x.device).repeat_interleave(n_chains)]
 
 
-def _seeded(rng: torch.Generator | None) -> torch.Generator:
-    return rng or torch.Generator().manual_seed(int(torch.randint(2**62, ())))
+def _move(
+    copies: Posterior, state: State, beta: float, leapfrog_step: Tensor, n_leapfrog: int, rng: torch.Generator | None
+) -> tuple[State, Tensor]:
+    """A step that keeps p_beta, with eps [n] of each image, and its acceptance averaged over the image's chains [n].
+
+    Each chain shortens its eps by a factor drawn from [1/2, 1] first: paths of one length would come back to where they
+    began in those directions whose period they fit, and never mix there.
+    """
+    n_chains = len(copies) // len(leapfrog_step)
+    step = leapfrog_step.repeat_interleave(n_chains) * (1 - 0.5 * uniform_like(state.log_likelihood, rng))
+    state, probability = hmc_step(copies, state, beta, step[:, None].to(state.e), n_leapfrog, rng)
+    return state, probability.unflatten(0, (-1, n_chains)).mean(1)
+
+
+def _estimate(log_weights: Tensor, acceptance: list[Tensor]) -> LikelihoodEstimate:
+    """The log of the mean weight of each image, for log weights [n, C]."""
+    n_chains = log_weights.shape[1]
+    normalised = log_weights.softmax(1)
+    variance = (normalised - 1 / n_chains).square().sum(1) * n_chains / (n_chains - 1)
+    return LikelihoodEstimate(
+        log_weights.logsumexp(1) - math.log(n_chains),
+        variance.sqrt(),
+        1 / normalised.square().sum(1),
+        torch.stack(acceptance),
+        log_weights,
+    )
+
+
+def _check_at_least(name: str, value: int, least: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise ValueError(f"{name}={value} must be a whole number, at least {least}")
