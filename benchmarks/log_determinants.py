@@ -1,0 +1,243 @@
+"""What log|det dF/de_0| costs by each method, and how accurate "low_rank" is at d = 416.
+
+    python benchmarks/log_determinants.py cost        products, seconds and memory over d and K        (minutes)
+    python benchmarks/log_determinants.py accuracy    "low_rank" on chains of a five-layer model       (half an hour)
+
+Both print a table and write benchmarks/results/*.json. `accuracy` trains the model on `digits` first and takes three
+checkpoints; whatever it has computed is kept in that folder, so that it can be stopped and goes on where it was.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import resource
+import subprocess
+import sys
+import time
+import warnings
+from pathlib import Path
+
+import torch
+
+import srlib
+from srlib import entropy
+from srlib.checkpoints import load as load_tensors
+from srlib.generators import randn_like
+from srlib.training import snapshot_file
+
+RESULTS = Path(__file__).parent / "results"
+SIGMA = 0.15
+STEP_SIZE = srlib.step_size_from_noise_scale(0.05)
+
+
+def top_down(latent_dims):
+    torch.manual_seed(0)
+    return srlib.TopDownGenerator(latent_dims, image_shape=(1, 28, 28), channels=16, feature_size=7)
+
+
+# --- cost -------------------------------------------------------------------------------------------------------------
+
+COSTS = [
+    ((8, 16, 32), 10),
+    ((8, 16, 32), 25),
+    ((8, 16, 32), 50),
+    ((16, 32, 48, 64), 25),
+    ((128, 96, 64, 64, 64), 10),
+]
+METHODS = ("stepwise", "row_by_row", "low_rank")
+N_COST_CHAINS = 2
+
+
+def measure(latent_dims, n_steps, method):
+    """Seconds and megabytes above the chain itself, in this process."""
+    g = top_down(latent_dims)
+    x = g(g.sample_prior(N_COST_CHAINS, torch.Generator().manual_seed(1))).detach()
+    posterior = srlib.Posterior(g, x, SIGMA)
+    chain = srlib.short_run(posterior, n_steps, STEP_SIZE, rng=torch.Generator().manual_seed(2), keep_trajectory=True)
+    posterior.hessian_product(chain.final, chain.final[None])  # torch's own start-up is nobody's cost
+    before, started = peak_megabytes(), time.perf_counter()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)  # row_by_row says that it is imprecise, which is known
+        if method == "low_rank":
+            result = srlib.low_rank_log_abs_det(posterior, chain)
+            value, products = result.value, result.n_products
+        else:
+            value, products = srlib.log_abs_det_jacobian(posterior, chain, method), n_steps * g.latent_dim
+    seconds, megabytes = time.perf_counter() - started, peak_megabytes() - before
+    return dict(products=products, seconds=seconds, megabytes=megabytes, value=value.mean().item())
+
+
+def peak_megabytes():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
+def cost():
+    """Each measurement in a process of its own, because peak memory never falls."""
+    rows = []
+    print(f"{N_COST_CHAINS} chains, one thread; products: Hessian-vector products for each chain")
+    print(f"{'d':>4} {'K':>4} {'method':<11} {'products':>9} {'seconds':>8} {'MB':>6} {'log|det|':>10}")
+    for latent_dims, n_steps in COSTS:
+        d = sum(latent_dims)
+        for method in METHODS:
+            if method == "low_rank" and d <= 2 * 36:
+                continue  # there is nothing to save
+            arguments = json.dumps([latent_dims, n_steps, method])
+            command = [sys.executable, __file__, "measure", arguments]
+            row = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+            row = dict(latent_dims=latent_dims, d=d, n_steps=n_steps, method=method) | row
+            rows.append(row)
+            print(
+                f"{d:4} {n_steps:4} {method:<11} {row['products']:9} {row['seconds']:8.2f} {row['megabytes']:6.0f}"
+                f" {row['value']:10.2f}",
+                flush=True,
+            )
+    write("cost", rows)
+
+
+# --- accuracy of "low_rank" -------------------------------------------------------------------------------------------
+
+LATENT_DIMS = (128, 96, 64, 64, 64)
+CHECKPOINTS = (50, 150, 400)
+N_CHAINS = 34  # at each checkpoint, 102 in all
+AT_ONCE = 17
+ERROR_PER_DIMENSION = 0.005
+
+
+def checkpoints():
+    """The generator after 50, 150 and 400 updates of one training run on `digits`."""
+    files = [snapshot_file(RESULTS, t) for t in CHECKPOINTS]
+    g = top_down(LATENT_DIMS)
+    if not all(file.exists() for file in files):
+        system = srlib.ShortRun(g, n_steps=10, step_size=STEP_SIZE, sigma=SIGMA, sigma_start=0.3)
+        plan = srlib.TrainingPlan(CHECKPOINTS[-1], 32, (1e-3,), (0.5, 0.999), CHECKPOINTS)
+        system.fit(srlib.load("digits").train.images, plan, torch.Generator().manual_seed(0), RESULTS)
+    for t, file in zip(CHECKPOINTS, files):
+        state, _ = load_tensors(file)
+        g.load_state_dict({k.removeprefix("generator."): v for k, v in state.items() if k.startswith("generator.")})
+        yield t, g
+
+
+def accuracy(n_steps):
+    """log|det| of N_CHAINS chains at each checkpoint: exact, by "low_rank", by plain quadrature at the same cost."""
+    x = srlib.to_unit_range(srlib.load("digits").test.images[:N_CHAINS])
+    found = {}
+    for t, g in checkpoints():
+        rows = [
+            kept(f"chains-{t}-{first}-K{n_steps}", lambda: chains_of(g, x[first : first + AT_ONCE], n_steps, first))  # noqa: B023
+            for first in range(0, N_CHAINS, AT_ONCE)
+        ]
+        found[t] = {name: [v for row in rows for v in row[name]] for name in rows[0] if name != "seconds"}
+        found[t]["seconds"] = {name: sum(row["seconds"][name] for row in rows) for name in rows[0]["seconds"]}
+    report(found, n_steps)
+
+
+def chains_of(g, x, n_steps, first):
+    posterior = srlib.Posterior(g, x, SIGMA)
+    rng = torch.Generator().manual_seed(1000 + first)
+    chain = srlib.short_run(posterior, n_steps, STEP_SIZE, rng=rng, keep_trajectory=True)
+    row, seconds = {}, {}
+    started = time.perf_counter()
+    row["exact"] = srlib.log_abs_det_jacobian(posterior, chain).tolist()
+    seconds["stepwise"] = time.perf_counter() - started
+    started = time.perf_counter()
+    low_rank = srlib.low_rank_log_abs_det(posterior, chain, rng=rng)
+    seconds["low_rank"] = time.perf_counter() - started
+    row |= dict(value=low_rank.value.tolist(), standard_error=low_rank.standard_error.tolist())
+    row["products"] = [low_rank.n_products] * len(x)
+    started = time.perf_counter()
+    row["quadrature"] = quadrature(posterior, chain, low_rank.n_products, rng).tolist()
+    seconds["quadrature"] = time.perf_counter() - started
+    return row | {"seconds": seconds}
+
+
+def quadrature(posterior, chain, n_products, rng, n_lanczos=13):
+    """Plain stochastic Lanczos quadrature of log|det| with random unit vectors (Ubaru, Chen & Saad 2017): [n]."""
+    n, d = chain.initial.shape
+    n_probes = n_products // (chain.n_steps * n_lanczos)
+    total = torch.zeros(n, dtype=torch.float64)
+    for e in chain.trajectory[:-1]:
+        u = randn_like(total.new_empty(n, d, n_probes), rng)
+
+        def multiply(v, e=e):
+            return v + STEP_SIZE * entropy._hessian_times(posterior, e, v)
+
+        total += d * entropy._log_quadrature(multiply, u / u.norm(dim=1, keepdim=True), n_lanczos).mean(-1)
+    return total
+
+
+def report(found, n_steps):
+    d = sum(LATENT_DIMS)
+    print(f"\nd = {d}, K = {n_steps}, {N_CHAINS} chains at each checkpoint; errors in nats for each chain")
+    print(
+        f"{'updates':>7} {'log|det|':>9} {'low_rank: worst':>15} {'rms':>6} {'interval':>8} {'covered':>7}"
+        f" {'quadrature: worst':>17} {'rms':>6}"
+    )
+    rows = []
+    for t, row in found.items():
+        exact, value, standard_error, plain = (
+            torch.tensor(row[k], dtype=torch.float64) for k in ("exact", "value", "standard_error", "quadrature")
+        )
+        error, plain_error = value - exact, plain - exact
+        rows.append(
+            dict(
+                updates=t,
+                exact=exact.mean().item(),
+                worst=error.abs().max().item(),
+                rms=error.square().mean().sqrt().item(),
+                bias=error.mean().item(),
+                interval=(1.96 * standard_error).mean().item(),
+                covered=int((error.abs() <= 1.96 * standard_error).sum()),
+                quadrature_worst=plain_error.abs().max().item(),
+                quadrature_rms=plain_error.square().mean().sqrt().item(),
+                products=dict(stepwise=n_steps * d, low_rank=row["products"][0]),
+                seconds=row["seconds"],
+            )
+        )
+        r = rows[-1]
+        print(
+            f"{t:7} {r['exact']:9.2f} {r['worst']:15.3f} {r['rms']:6.3f} {r['interval']:8.3f} {r['covered']:7}"
+            f" {r['quadrature_worst']:17.2f} {r['quadrature_rms']:6.2f}"
+        )
+    covered, worst = sum(r["covered"] for r in rows), max(r["worst"] for r in rows)
+    saved = n_steps * d / rows[0]["products"]["low_rank"]
+    print(f"worst error {worst:.3f} nats (allowed {ERROR_PER_DIMENSION * d:.2f})")
+    print(f"95 % interval covers {covered} of {len(rows) * N_CHAINS}")
+    print(f"products: {saved:.1f} times fewer than stepwise")
+    write(f"accuracy-K{n_steps}", rows)
+
+
+def kept(name, compute):
+    """The result of `compute`, from the results folder where it is already there."""
+    file = RESULTS / f"{name}.json"
+    if not file.exists():
+        write(name, compute())
+        print(f"{name} done", file=sys.stderr, flush=True)
+    return json.loads(file.read_text())
+
+
+def write(name, rows):
+    RESULTS.mkdir(exist_ok=True)
+    temporary = RESULTS / f"{name}.json.tmp"
+    temporary.write_text(json.dumps(rows, indent=1) + "\n")
+    temporary.replace(RESULTS / f"{name}.json")
+
+
+def main():
+    torch.set_num_threads(1)
+    RESULTS.mkdir(exist_ok=True)
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("what", choices=["cost", "accuracy", "measure"])
+    parser.add_argument("arguments", nargs="?", help="for measure: [latent_dims, n_steps, method] as JSON")
+    parser.add_argument("--n-steps", type=int, default=25, help="K of the chains in accuracy")
+    options = parser.parse_args()
+    if options.what == "measure":
+        print(json.dumps(measure(*json.loads(options.arguments))))
+    elif options.what == "cost":
+        cost()
+    else:
+        accuracy(options.n_steps)
+
+
+if __name__ == "__main__":
+    main()
