@@ -7,6 +7,7 @@ library. The hash is of the syntax tree: comments, docstrings and formatting do 
 from __future__ import annotations
 
 import ast
+import functools
 import hashlib
 import os
 import platform
@@ -102,7 +103,12 @@ def _tree(module: str) -> ast.Module:
     path = _path(module)
     if path is None:
         raise ValueError(f"there is no module {module}")
-    return ast.parse(path.read_text(encoding="utf-8"), filename=str(path))
+    return _parsed(path.read_text(encoding="utf-8"), str(path))
+
+
+@functools.cache  # a pipeline asks for the same modules again for each of its jobs
+def _parsed(text: str, filename: str) -> ast.Module:
+    return ast.parse(text, filename)
 
 
 def _resolve(name: str) -> set[str]:

@@ -7,6 +7,8 @@ import srlib
 
 # One thread per process: results do not depend on the machine, and pytest-xdist uses the cores.
 torch.set_num_threads(1)
+# On a GPU the same seed gives the same bits, and float32 is float32, only when asked for.
+torch.backends.cudnn.deterministic, torch.backends.cudnn.allow_tf32 = True, False
 
 
 def pytest_collection_modifyitems(items):
@@ -18,11 +20,16 @@ def pytest_collection_modifyitems(items):
 
 @pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.cuda)])
 def device(request):
+    """A test that uses it, itself or through another fixture, is there twice: for the CPU and for `make test-gpu`.
+
+    Models, images and results of such a test are on the device; generators of random numbers are on the CPU, so that
+    both versions see the same numbers.
+    """
     return torch.device(request.param)
 
 
 @pytest.fixture
-def linear_posterior():
+def linear_posterior(device):
     """make(n, mask): the posterior of n images of 7 pixels under a random linear model with 3 latents."""
 
     def make(n, mask=False, pixels=7, latents=3, sigma=0.5):
@@ -33,13 +40,14 @@ def linear_posterior():
             noise = torch.randn(n, pixels, 1, 1, generator=rng, dtype=torch.float64)
             x = g(g.sample_prior(n, rng)) + sigma * noise
         observed = torch.arange(pixels)[:, None, None].remainder(3) > 0
-        return srlib.Posterior(g, x, sigma, observed.double()[None] if mask else None)
+        mask = observed.double()[None].to(device) if mask else None
+        return srlib.Posterior(g.to(device), x.to(device), sigma, mask)
 
     return make
 
 
 @pytest.fixture
-def small_posterior():
+def small_posterior(device):
     """make(masked): the posterior of 4 images of 16x16 pixels under a random two-layer generator with 12 latents."""
 
     def make(masked):
@@ -49,8 +57,8 @@ def small_posterior():
         rng = torch.Generator().manual_seed(1)
         with torch.no_grad():
             x = g(g.sample_prior(4, rng))
-        mask = (torch.rand(4, 1, 16, 16, generator=rng) < 0.6).double() if masked else None
-        return srlib.Posterior(g, x, 0.3, mask)
+        mask = (torch.rand(4, 1, 16, 16, generator=rng) < 0.6).double().to(device) if masked else None
+        return srlib.Posterior(g.to(device), x.to(device), 0.3, mask)
 
     return make
 

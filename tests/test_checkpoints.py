@@ -9,14 +9,15 @@ from srlib import checkpoints, provenance
 from srlib.checkpoints import CheckpointError
 
 
-def test_tensors_and_metadata_come_back(tmp_path):
+def test_tensors_and_metadata_come_back(tmp_path, device):
     tensors = {
         "a": torch.randn(2, 3),
         "b": torch.arange(6).reshape(2, 3).T,
         "c": torch.tensor(1.5, dtype=torch.float64),
     }
+    tensors = {name: tensor.to(device) for name, tensor in tensors.items()}
     checkpoints.save(tmp_path / "x.safetensors", tensors, {"t": 3, "names": ["ä"]})
-    loaded, metadata = checkpoints.load(tmp_path / "x.safetensors")
+    loaded, metadata = checkpoints.load(tmp_path / "x.safetensors", str(device))
     assert metadata == {"t": 3, "names": ["ä"]}
     assert all(torch.equal(loaded[k], v) and loaded[k].dtype == v.dtype for k, v in tensors.items())
     assert [p.name for p in tmp_path.iterdir()] == ["x.safetensors"]

@@ -15,11 +15,11 @@ def test_posterior_moments_by_conditioning_the_joint_gaussian(linear_posterior, 
     w, d = g.weight.detach(), g.latent_dim
     for i in range(3):
         pixels = exact.mask[i].bool()
-        cov_x = (w @ w.T + posterior.sigma**2 * torch.eye(len(w), dtype=w.dtype))[pixels][:, pixels]
+        cov_x = (w @ w.T + posterior.sigma**2 * torch.eye(len(w), dtype=w.dtype, device=w.device))[pixels][:, pixels]
         gain = torch.linalg.solve(cov_x, w[pixels]).T
         difference = posterior.x[i].flatten()[pixels] - g.bias.detach()[pixels]
         torch.testing.assert_close(mean[i], gain @ difference)
-        torch.testing.assert_close(covariance[i], torch.eye(d, dtype=w.dtype) - gain @ w[pixels])
+        torch.testing.assert_close(covariance[i], torch.eye(d, dtype=w.dtype, device=w.device) - gain @ w[pixels])
 
 
 @pytest.mark.parametrize("masked", [False, True])
@@ -27,7 +27,7 @@ def test_log_marginal_is_the_dense_gaussian_density(linear_posterior, masked):
     posterior = linear_posterior(n=3, mask=masked)
     g, exact = posterior.generator, srlib.ClosedForm(posterior)
     w = g.weight.detach()
-    covariance = w @ w.T + posterior.sigma**2 * torch.eye(len(w), dtype=w.dtype)
+    covariance = w @ w.T + posterior.sigma**2 * torch.eye(len(w), dtype=w.dtype, device=w.device)
     for i, log_p in enumerate(exact.log_marginal()):
         pixels = exact.mask[i].bool()
         density = torch.distributions.MultivariateNormal(g.bias.detach()[pixels], covariance[pixels][:, pixels])

@@ -26,7 +26,8 @@ def test_a_step_size_per_step_and_latent(linear_posterior):
     single = linear_posterior(n=1, mask=True)
     exact, n_steps, d = srlib.ClosedForm(single), 6, single.generator.latent_dim
     largest = 1 / torch.linalg.eigvalsh(exact.precision).max()
-    step_size = largest * torch.rand(n_steps, 1, d, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
+    relative = torch.rand(n_steps, 1, d, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
+    step_size = largest * relative.to(largest.device)
     posterior = single[torch.zeros(CHAINS, dtype=torch.int64)]
     e = srlib.short_run(posterior, n_steps, step_size, rng=torch.Generator().manual_seed(1)).final
     assert_moments(e, *(moment[0] for moment in exact.short_run_moments(step_size, n_steps)))
@@ -52,7 +53,8 @@ def assert_moments(e, mean, covariance):
 
 def test_one_step_is_equation_10(small_posterior):
     posterior = small_posterior(masked=True)
-    initial, noise = posterior.generator.sample_prior(len(posterior)), torch.randn(1, len(posterior), 12).double()
+    initial = posterior.generator.sample_prior(len(posterior))
+    noise = torch.randn_like(initial)[None]
     s = 2e-3
     expected = initial + s * posterior.score(initial) + math.sqrt(2 * s) * noise[0]
     torch.testing.assert_close(srlib.short_run(posterior, 1, s, initial, noise).final, expected)
@@ -95,8 +97,8 @@ def test_the_chain_can_be_differentiated_by_step_size_and_start(small_posterior)
     posterior = small_posterior(masked=True)
     n, rng = len(posterior), torch.Generator().manual_seed(0)
     initial = posterior.generator.sample_prior(n, rng).requires_grad_()
-    noise = torch.randn(3, n, 12, generator=rng, dtype=torch.float64)
-    s = torch.tensor(1e-3, dtype=torch.float64, requires_grad=True)
+    noise = torch.randn(3, n, 12, generator=rng, dtype=torch.float64).to(initial.device)
+    s = torch.tensor(1e-3, dtype=torch.float64, device=initial.device, requires_grad=True)
     assert torch.autograd.gradcheck(lambda s, e: srlib.short_run(posterior, 3, s, e, noise).final, (s, initial))
     assert not srlib.short_run(posterior, 3, 1e-3, initial.detach(), noise).final.requires_grad
 

@@ -84,13 +84,15 @@ def test_gradient_identity_of_equations_5_to_7(linear_posterior):
     g, exact = posterior.generator, srlib.ClosedForm(posterior)
     n = 200_000
     mean, covariance = exact.posterior_moments()
-    e = mean + torch.randn(n, g.latent_dim, dtype=mean.dtype) @ torch.linalg.cholesky(covariance[0]).T
+    e = mean + mean.new_empty(n, g.latent_dim).normal_() @ torch.linalg.cholesky(covariance[0]).T
     residual = (posterior.x - g(e)).flatten(1) * posterior.mask.flatten(1) / posterior.sigma**2
     per_sample = torch.einsum("ni,nj->nij", residual, e)  # d log p(x, e) / d W of each draw
 
     pixels = posterior.mask[0].flatten().bool()
     weight, bias = g.weight.detach().clone().requires_grad_(), g.bias.detach().clone().requires_grad_()
-    covariance_x = weight @ weight.T + posterior.sigma**2 * torch.eye(len(bias), dtype=weight.dtype)
+    covariance_x = weight @ weight.T + posterior.sigma**2 * torch.eye(
+        len(bias), dtype=weight.dtype, device=weight.device
+    )
     marginal = torch.distributions.MultivariateNormal(bias[pixels], covariance_x[pixels][:, pixels])
     log_p = marginal.log_prob(posterior.x.flatten()[pixels])
     torch.testing.assert_close(log_p, exact.log_marginal()[0])
