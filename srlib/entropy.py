@@ -42,6 +42,10 @@ STATES_AT_ONCE = 64
 TOLERATED_EIGENVALUE_ERROR = 1e-6
 
 
+class NoInverseError(ValueError):
+    """A step of the chain could not be gone back. The message names the step, its size and the remedy."""
+
+
 def log_abs_det_jacobian(
     posterior: Posterior, chain: Chain, method: Method = "stepwise", chunk_size: int | None = None
 ) -> Tensor:
@@ -144,7 +148,7 @@ def semi_implicit(posterior: Posterior, chain: Chain, noises: Tensor, chunk_size
 
     noises : further draws of eps, [J, K, n, d]; the chain's own is one of the J + 1 in the average.
 
-    Raises ValueError where a step has no inverse that fixed-point iteration finds (s too large for the curvature).
+    Raises `NoInverseError` where fixed-point iteration finds no inverse of a step (s too large for the curvature).
     """
     draws = [chain, *(backwards(posterior, chain.final, chain.step_size, noise) for noise in noises)]
     return _log_mean_exp([change_of_variables(posterior, draw, chunk_size) for draw in draws])
@@ -257,7 +261,8 @@ def _row_by_row(posterior: Posterior, chain: Chain) -> Tensor:
     deterministic = chain.noise is None
     with torch.enable_grad():
         start = chain.initial.detach().requires_grad_()
-        final = short_run(posterior, chain.n_steps, chain.step_size, start, chain.noise, deterministic).final
+        rng = torch.Generator()  # nothing is drawn; without it, torch's global state would move on
+        final = short_run(posterior, chain.n_steps, chain.step_size, start, chain.noise, deterministic, rng).final
         basis = torch.eye(d, dtype=final.dtype, device=final.device)[:, None, :].expand(d, n, d)
         (rows,) = torch.autograd.grad(final, start, basis, create_graph=differentiable, is_grads_batched=True)
     jacobian = rows.transpose(0, 1)
@@ -378,25 +383,31 @@ def backwards(
     """The chain that arrives at `final` [n, d] under `noise` [K, n, d]; its `initial` is F^-1(final, noise).
 
     Goes back step by step, e = e' - sqrt(2 s) eps - s score(e), by fixed-point iteration, which converges where s is below
-    1 / (largest curvature): there every step is one-to-one.
+    1 / (largest curvature): there every step is one-to-one. Differentiable in `final` and `step_size`.
 
-    Raises ValueError where it does not converge to `tolerance`, relative to the largest latent, in `n_max` iterations.
+    Raises `NoInverseError` where it does not converge to `tolerance`, relative to the largest latent, in `n_max` iterations.
     """
-    states = [final.detach()]
+    differentiable = torch.is_grad_enabled() and (final.requires_grad or step_size.requires_grad)
+    states = [final]
     for k in reversed(range(len(noise))):
-        s = step_size.expand(noise.shape)[k].to(final.dtype)
-        target = states[-1] - (2 * s).sqrt() * noise[k]
-        e = states[-1]
+        s_k = step_size.expand(noise.shape)[k].to(final.dtype)
+        arrival = states[-1] - (2 * s_k).sqrt() * noise[k]
+        s, target, e = s_k.detach(), arrival.detach(), states[-1].detach()
         for _ in range(n_max):
             previous, e = e, target - s * posterior.score(e)
             change = (e - previous).abs().max() / (1 + e.abs().max())
             if not change > tolerance:
                 break
         if not change <= tolerance:
-            raise ValueError(
+            raise NoInverseError(
                 f"step {k} with step size {s.max():.3g} has no inverse that the iteration finds (last relative change "
                 f"{change:.1g}): it is one-to-one only below 1 / (largest curvature); use a smaller step size"
             )
+        if differentiable:  # one step of Newton's method, which has the derivatives of the solution
+            jacobian = torch.eye(e.shape[1], dtype=torch.float64, device=e.device)
+            jacobian = jacobian + s[..., None] * hessians(posterior, e[None])[0]
+            misfit = e + s_k * posterior.score(e) - arrival
+            e = e - torch.linalg.solve(jacobian, misfit.double()[..., None])[..., 0].to(e.dtype)
         states.append(e)
     trajectory = torch.stack(states[::-1])
     return Chain(trajectory[-1], trajectory[0], step_size, len(noise), trajectory, noise, None)
@@ -415,6 +426,7 @@ def _replayed(posterior: Posterior, chain: Chain, noise: Tensor | None) -> Chain
         chain.initial,
         noise,
         deterministic=noise is None,
+        rng=torch.Generator(),  # nothing is drawn; without it, torch's global state would move on
         keep_trajectory=True,
     )
 

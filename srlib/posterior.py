@@ -138,13 +138,13 @@ class Posterior:
 
 
 def _checked_mask(mask: Tensor, x: Tensor) -> Tensor:
-    mask = torch.as_tensor(mask, device=x.device)
+    mask = torch.as_tensor(mask, device=x.device).to(x.dtype)  # masks of booleans and of whole numbers too
     try:
         fits = torch.broadcast_shapes(mask.shape, x.shape) == x.shape
     except RuntimeError:
         fits = False
     if not fits:
         raise ValueError(f"mask has shape {tuple(mask.shape)}, which does not broadcast to x {tuple(x.shape)}")
-    if not mask.is_meta and not torch.isin(mask, torch.tensor([0, 1], device=mask.device).to(mask.dtype)).all():
+    if not mask.is_meta and not ((mask == 0) | (mask == 1)).all():
         raise ValueError("mask must hold 0 (hidden) and 1 (observed) only")
-    return mask.to(x.dtype)
+    return mask

@@ -69,8 +69,8 @@ class StepSizeResult:
     step_size : the s with the lowest objective, ready for `short_run`: [] (share="all"), [K, 1, 1] ("step"), [d] ("layer": the
         same number for all latents of one layer) or [n, 1] ("example").
     candidates : what was tried, in order: the grid, or the iterates of the descent; [C, *step_size.shape].
-    values : log q_s(e_K) - log p(x, e_K) for each candidate and image: [C, n]; inf where a chain diverged or an entropy
-        was not finite.
+    values : log q_s(e_K) - log p(x, e_K) for each candidate and image: [C, n]; inf where a chain diverged, a step had no
+        inverse, or an entropy (in a descent, also its gradient) was not finite.
     """
 
     step_size: Tensor
@@ -85,7 +85,7 @@ class StepSizeResult:
     @property
     def standard_error(self) -> Tensor:
         """Standard error of `objective` over images and chains: [C]; nan for a single image."""
-        return self.values.std(1) / self.values.shape[1] ** 0.5
+        return _standard_error(self.values)
 
     @property
     def best(self) -> int:
@@ -94,15 +94,24 @@ class StepSizeResult:
 
     @property
     def plausible(self) -> Tensor:
-        """Which candidates are within two standard errors of the best, by paired differences: [C], bool."""
+        """Which candidates are within two standard errors of the best, by paired differences: [C], bool.
+
+        For a single image, whose error is unknown, the best alone.
+        """
         excess = self.values - self.values[self.best]
-        return excess.mean(1) <= 2 * excess.std(1) / excess.shape[1] ** 0.5
+        return excess.mean(1) <= 2 * _standard_error(excess).nan_to_num(0.0)
 
     @property
     def local_minima(self) -> list[int]:
         """Indices of the candidates of a sorted grid that lie below both neighbours."""
         padded = torch.nn.functional.pad(self.objective, (1, 1), value=math.inf)
         return ((padded[1:-1] < padded[:-2]) & (padded[1:-1] < padded[2:])).nonzero().flatten().tolist()
+
+
+def _standard_error(values: Tensor) -> Tensor:
+    """Standard error of the mean of each row of values [C, n]: [C]; nan where n = 1."""
+    n = values.shape[1]
+    return values.std(1) / n**0.5 if n > 1 else torch.full_like(values[:, 0], math.nan)
 
 
 def grid_search_step_size(
@@ -125,7 +134,8 @@ def grid_search_step_size(
             "candidates is empty; a usual grid is step_size_from_noise_scale(delta), delta = 0.01 ... 0.15"
         )
     rng = rng or torch.Generator().manual_seed(int(torch.randint(2**62, ())))
-    tried = torch.stack([torch.as_tensor(s, dtype=torch.float64) for s in candidates])
+    device = posterior.x.device
+    tried = torch.stack([torch.as_tensor(s, dtype=torch.float64, device=device) for s in candidates])
     if share not in ("all", "example") or (share == "example" and tried.ndim > 1):
         raise ValueError(
             f"share={share!r}: a grid of numbers is shared by 'all' or chosen by 'example', schedules by 'all'"
@@ -154,6 +164,7 @@ def descend_step_size(
 
     initial : s to start from, a number or a tensor that broadcasts to the shape that `share` says.
     share : one s for "all", one per "step" (section 4.3 leaves it to future work), per "layer", or per "example".
+    n_iterations : steps of Adam; the result holds n_iterations + 1 iterates, `initial` the first.
 
     e_0 and eps are drawn once and kept, so the objective is a function of s and the best iterate is the answer. An iterate whose
     chain diverges sends the descent back to the best one with half the learning rate.
@@ -166,9 +177,12 @@ def descend_step_size(
     log_s = _shared(posterior, initial, n_steps, share).log().requires_grad_()
     optimiser = torch.optim.Adam([log_s], learning_rate)
     candidates, values, best = [], [], log_s.detach().clone()
-    for _ in range(n_iterations):
+    for i in range(n_iterations + 1):
         s = _expanded(log_s.exp(), posterior, share)
         candidates.append(s.detach())
+        if i == n_iterations:  # where the last step led to; no gradient is needed any more
+            values.append(_values(posterior, s.detach(), n_steps, estimator, rng.clone_state()))
+            continue
         value, gradient = _value_and_gradient(posterior, s, n_steps, estimator, rng.clone_state())
         if not values and not value.isfinite().all():
             raise ValueError(f"the objective is not finite at initial={initial}; start from a smaller step size")
@@ -182,7 +196,8 @@ def descend_step_size(
             best = log_s.detach().clone()
         (log_s.grad,) = torch.autograd.grad(s, log_s, gradient)
         optimiser.step()
-    return StepSizeResult(_expanded(best.exp(), posterior, share), torch.stack(candidates), torch.stack(values))
+    means = torch.stack(values).mean(1)
+    return StepSizeResult(candidates[int(means.argmin())], torch.stack(candidates), torch.stack(values))
 
 
 def _value_and_gradient(
@@ -199,8 +214,10 @@ def _value_and_gradient(
     try:
         value = kl_objective(posterior, own, n_steps, estimator, rng=rng)
         (parts,) = torch.autograd.grad(value.sum() / len(posterior), own)
-    except DivergenceError:
-        return torch.full((len(posterior),), math.inf, dtype=torch.float64), torch.full_like(s, math.inf)
+    except (DivergenceError, entropy.NoInverseError):
+        return _infinite(posterior), torch.full_like(s, math.inf)
+    if not (value.isfinite().all() and parts.isfinite().all()):
+        return _infinite(posterior), torch.full_like(s, math.inf)
     over_steps = tuple(i for i in range(parts.ndim) if i != parts.ndim - 2)
     sizes = parts.square().sum(over_steps, keepdim=True).sqrt()
     parts = parts * (CLIP * sizes.median() / sizes.clamp_min(torch.finfo(sizes.dtype).tiny)).clamp_max(1)
@@ -247,9 +264,13 @@ def _values(posterior: Posterior, s: Tensor, n_steps: int, estimator: str, rng: 
     """`kl_objective`, with inf where there is no finite value."""
     try:
         values = kl_objective(posterior, s, n_steps, estimator, rng=rng)
-    except DivergenceError:
-        return torch.full((len(posterior),), math.inf, dtype=torch.float64, device=posterior.x.device)
+    except (DivergenceError, entropy.NoInverseError):
+        return _infinite(posterior)
     return torch.where(values.isfinite(), values, math.inf)
+
+
+def _infinite(posterior: Posterior) -> Tensor:
+    return torch.full((len(posterior),), math.inf, dtype=torch.float64, device=posterior.x.device)
 
 
 def _log_density(estimator: str, chain: Chain, n_noise: int, rng: torch.Generator) -> LogDensity:

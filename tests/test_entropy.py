@@ -1,0 +1,383 @@
+"""log|det dF/de_0| and the estimators of log q_s(e_K), against closed forms, 50-digit arithmetic and each other."""
+
+import math
+
+import mpmath
+import pytest
+import torch
+
+import srlib
+from srlib import entropy
+
+
+def largest_curvature(posterior):
+    return torch.linalg.eigvalsh(srlib.ClosedForm(posterior).precision).max().item()
+
+
+def step_sizes(shape, largest, n_steps, n, d):
+    """At most `largest`, in one of the shapes that `short_run` takes; the first two entries are number and schedule."""
+    shapes = {"all": (), "step": (n_steps, 1, 1), "latent": (d,), "example": (n, 1), "every": (n_steps, n, d)}
+    rng = torch.Generator().manual_seed(4)
+    return largest * (0.4 + 0.6 * torch.rand(shapes[shape], generator=rng, dtype=torch.float64))
+
+
+def run(posterior, n_steps, step_size, seed=0, **options):
+    rng = torch.Generator().manual_seed(seed)
+    return srlib.short_run(posterior, n_steps, step_size, rng=rng, keep_trajectory=True, **options)
+
+
+def further_noises(chain, n_noise, seed=9):
+    rng = torch.Generator().manual_seed(seed)
+    shape = (n_noise, *chain.noise.shape)
+    return torch.randn(shape, generator=rng, dtype=torch.float64).to(chain.final.device)
+
+
+def copies(posterior, n):
+    """The posterior of image 0, n times over: n independent chains."""
+    return posterior[torch.zeros(n, dtype=torch.int64)]
+
+
+class Saturating(srlib.LinearGenerator):
+    """g(e) = tanh(W e + b)."""
+
+    def forward(self, e):
+        return torch.tanh(super().forward(e))
+
+
+def saturating_posterior(pixels, latents, scale, sigma, n=1):
+    rng = torch.Generator().manual_seed(2)
+    weight, bias = (torch.randn(s, generator=rng, dtype=torch.float64) for s in ((pixels, latents), (pixels,)))
+    g = Saturating(scale * weight, bias)
+    with torch.no_grad():
+        noise = torch.randn(n, pixels, 1, 1, generator=rng, dtype=torch.float64)
+        return srlib.Posterior(g, g(g.sample_prior(n, rng)) + sigma * noise, sigma)
+
+
+# --- log|det dF/de_0| -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("shape", ["all", "step", "latent", "example", "every"])
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("linear", [False, True])
+def test_stepwise_is_row_by_row_while_the_jacobian_is_well_conditioned(
+    small_posterior, linear_posterior, linear, masked, shape
+):
+    posterior = linear_posterior(4, masked, pixels=20, latents=12) if linear else small_posterior(masked)
+    n_steps, largest = 6, 0.7 / largest_curvature(posterior) if linear else 4e-3
+    s = step_sizes(shape, largest, n_steps, 4, 12)
+    chain = run(posterior, n_steps, s)
+    h = entropy.hessians(posterior, chain.trajectory[:-1])
+    jacobian = torch.eye(12, dtype=h.dtype, device=h.device)
+    for h_k, s_k in zip(h, chain.step_size.expand(n_steps, 4, 12)):
+        jacobian = jacobian + s_k[..., None] * h_k @ jacobian
+    assert torch.linalg.cond(jacobian).max() < 1e6
+    stepwise, row_by_row = (srlib.log_abs_det_jacobian(posterior, chain, m) for m in ("stepwise", "row_by_row"))
+    assert stepwise.abs().min() > 0.1
+    torch.testing.assert_close(stepwise, row_by_row, rtol=1e-8, atol=0)
+    torch.testing.assert_close(stepwise, torch.linalg.slogdet(jacobian)[1], rtol=1e-8, atol=0)
+
+
+def test_hessians_of_a_nonlinear_generator_are_finite_differences_of_the_score(small_posterior):
+    posterior = small_posterior(masked=True)
+    e = run(posterior, 2, 1e-3).trajectory
+    h = entropy.hessians(posterior, e)
+    step = 1e-5
+    for i in (0, 4, 11):
+        shift = torch.zeros(12, dtype=torch.float64, device=e.device)
+        shift[i] = step
+        for k in range(len(e)):
+            column = (posterior.score(e[k] + shift) - posterior.score(e[k] - shift)) / (2 * step)
+            torch.testing.assert_close(h[k, :, i], column, rtol=1e-5, atol=1e-5)
+
+
+def in_50_digits(posterior, chain):
+    """Chain and log|det| of one image under `Saturating`, recomputed from the same e_0 and eps, and cond(dF/de_0)."""
+    with mpmath.workdps(50):
+        g, sigma = posterior.generator, mpmath.mpf(posterior.sigma)
+        w, b = mpmath.matrix(g.weight.tolist()), mpmath.matrix(g.bias.tolist())
+        x, e = mpmath.matrix(posterior.x.flatten().tolist()), mpmath.matrix(chain.initial[0].tolist())
+        s, d, log_det = mpmath.mpf(chain.step_size.item()), len(e), mpmath.mpf(0)
+        jacobian = mpmath.eye(d)
+        for noise in chain.noise[:, 0].tolist():
+            t = (w * e + b).apply(mpmath.tanh)
+            slope = t.apply(lambda v: 1 - v**2)
+            residual = x - t
+            pull = mpmath.matrix([slope[i] * residual[i] for i in range(len(x))])
+            bend = mpmath.diag([-(slope[i] ** 2) - 2 * t[i] * slope[i] * residual[i] for i in range(len(x))])
+            factor = mpmath.eye(d) + s * (w.T * bend * w / sigma**2 - mpmath.eye(d))
+            log_det += mpmath.log(abs(mpmath.det(factor)))
+            jacobian = factor * jacobian
+            e = e + s * (w.T * pull / sigma**2 - e) + mpmath.sqrt(2 * s) * mpmath.matrix(noise)
+        singular = mpmath.svd_r(jacobian, compute_uv=False)
+        return [float(v) for v in e], float(log_det), float(max(singular) / min(singular))
+
+
+def test_stepwise_keeps_its_digits_where_row_by_row_loses_them():
+    """d = 10, cond(dF/de_0) > 1e12, against 50 digits: stepwise to 1e-8, row_by_row warns and is wrong by far more."""
+    posterior = saturating_posterior(pixels=14, latents=10, scale=0.3, sigma=0.5)
+    chain = run(posterior, 60, 0.11)
+    final, log_det, condition = in_50_digits(posterior, chain)
+    assert condition > 1e12
+    assert chain.final[0].tolist() == pytest.approx(final, rel=1e-8)
+    assert srlib.log_abs_det_jacobian(posterior, chain).item() == pytest.approx(log_det, rel=1e-8)
+    with pytest.warns(RuntimeWarning, match=r"condition number .*stepwise"):
+        row_by_row = srlib.log_abs_det_jacobian(posterior, chain, "row_by_row").item()
+    assert abs(row_by_row / log_det - 1) > 1e-6
+
+
+@pytest.mark.parametrize("chunk_size", [1, 3, 1000])
+def test_the_chunk_size_changes_nothing(small_posterior, chunk_size):
+    posterior = small_posterior(masked=True)
+    chain = run(posterior, 3, 2e-3)
+    expected = srlib.log_abs_det_jacobian(posterior, chain)
+    found = srlib.log_abs_det_jacobian(posterior, chain, chunk_size=chunk_size)
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+
+
+def test_a_chain_without_trajectory_gives_the_same(small_posterior):
+    posterior = small_posterior(masked=False)
+    rng = torch.Generator().manual_seed(0)
+    kept, bare = run(posterior, 3, 2e-3), srlib.short_run(posterior, 3, 2e-3, rng=rng)
+    assert bare.trajectory is None
+    for function in (srlib.log_abs_det_jacobian, entropy.linear_noise, entropy.path, entropy.path_gaussian):
+        assert torch.equal(function(posterior, kept), function(posterior, bare))
+
+
+@pytest.mark.parametrize("shape", ["all", "step", "latent", "example"])
+def test_gradients_in_s_by_both_ways(small_posterior, shape):
+    """Third derivatives chunk by chunk, against the graph through the whole chain."""
+    posterior, n_steps = small_posterior(masked=True), 3
+    s = step_sizes(shape, 4e-3, n_steps, 4, 12).to(posterior.x.device).requires_grad_()
+    gradients = []
+    for method in ("stepwise", "row_by_row"):
+        value = srlib.log_abs_det_jacobian(posterior, run(posterior, n_steps, s), method)
+        gradients.append(torch.autograd.grad(value.sum(), s)[0])
+    assert gradients[0].abs().min() > 0
+    torch.testing.assert_close(*gradients, rtol=1e-8, atol=1e-8)
+
+
+def test_low_rank_is_within_its_interval_and_close():
+    """Of 100 latents, 25 pixels stiffen 25, 20 of which are taken exactly: error below 0.005 d nats, and 95 % intervals that hold."""
+    posterior = saturating_posterior(pixels=25, latents=100, scale=0.2, sigma=0.15, n=20)
+    chain = run(posterior, 5, 2e-3)
+    exact = srlib.log_abs_det_jacobian(posterior, chain)
+    found = srlib.low_rank_log_abs_det(posterior, chain, rank=20, n_probes=6, n_lanczos=3)
+    error = (found.value - exact).abs()
+    assert found.n_products == 5 * (2 * 20 + 6 * 3)
+    assert error.max() < 0.005 * 100
+    assert (error <= 1.96 * found.standard_error).sum() >= 17
+    assert 1e-6 < found.standard_error.max() < 0.5
+
+
+def test_low_rank_is_exact_when_the_rest_is_a_multiple_of_the_identity(linear_posterior):
+    """5 pixels stiffen 5 directions of 20; the other eigenvalues are 1 - s."""
+    posterior = linear_posterior(2, pixels=5, latents=20)
+    chain = run(posterior, 4, 1.5 / largest_curvature(posterior))
+    found = srlib.low_rank_log_abs_det(posterior, chain, rank=5)
+    torch.testing.assert_close(found.value, srlib.log_abs_det_jacobian(posterior, chain), rtol=1e-8, atol=1e-8)
+
+
+def test_a_nan_stays_a_nan_for_the_methods_to_see(linear_posterior):
+    """No method hides an eigenvalue of 0: at s = 1/lambda the Jacobian is singular and log|det| is -inf."""
+    posterior = linear_posterior(1, pixels=1, latents=1)
+    chain = run(posterior, 1, 1 / largest_curvature(posterior))
+    assert srlib.log_abs_det_jacobian(posterior, chain) < -25
+    assert entropy.linear_noise(posterior, chain).isfinite().all()
+
+
+# --- the estimators of log q_s(e_K) ----------------------------------------------------------------------------------
+
+# latents d, pixels, K, s lambda_max, shape of s, masked
+LINEAR = [
+    (1, 3, 1, 0.5, "all", False),
+    (1, 2, 100, 1.9, "all", True),
+    (2, 9, 17, 1.3, "step", True),
+    (5, 4, 40, 1.9, "latent", False),
+    (8, 20, 25, 1.6, "every", True),
+    (12, 30, 60, 0.9, "example", True),
+    (20, 12, 100, 1.9, "all", False),
+    (20, 40, 100, 1.9, "every", True),
+]
+
+
+def linear_case(linear_posterior, latents, pixels, n_steps, overshoot, shape, masked, n=2):
+    posterior = linear_posterior(n, masked, pixels=pixels, latents=latents)
+    largest = overshoot / largest_curvature(posterior)
+    # the largest entry of a number is the number itself
+    s = largest if shape == "all" else step_sizes(shape, largest, n_steps, n, latents)
+    return posterior, srlib.ClosedForm(posterior), s
+
+
+@pytest.mark.parametrize("case", LINEAR, ids=str)
+def test_linear_noise_is_exact_for_linear_models(linear_posterior, case):
+    posterior, exact, s = linear_case(linear_posterior, *case)
+    d, n_steps = case[0], case[2]
+    _, covariance = exact.short_run_moments(s, n_steps)
+    expected = 0.5 * (torch.linalg.slogdet(covariance)[1] + d * math.log(2 * math.pi * math.e))
+    found = -entropy.linear_noise(posterior, run(posterior, n_steps, s))
+    assert (found - expected).abs().max() < 1e-10 * d
+
+
+@pytest.mark.parametrize("case", LINEAR, ids=str)
+def test_path_gaussian_is_log_q_itself_for_linear_models(linear_posterior, case):
+    """Chain by chain, the density of N(m_K, S_K) at e_K: with the exact reverse kernels nothing random is left."""
+    posterior, exact, s = linear_case(linear_posterior, *case)
+    chain = run(posterior, case[2], s)
+    q = torch.distributions.MultivariateNormal(*exact.short_run_moments(s, case[2]))
+    torch.testing.assert_close(entropy.path_gaussian(posterior, chain), q.log_prob(chain.final), rtol=1e-7, atol=1e-7)
+
+
+@pytest.mark.parametrize("case", LINEAR, ids=str)
+def test_energies_of_chains_are_those_of_the_closed_form(linear_posterior, case):
+    """E_q[-log p(x, e)] = KL(q || p(e|x)) + H(q) - log p(x)."""
+    latents, _, n_steps, _, shape, _ = case
+    posterior, exact, s = linear_case(linear_posterior, *case)
+    _, covariance = exact.short_run_moments(s, n_steps)
+    entropies = 0.5 * (torch.linalg.slogdet(covariance)[1] + latents * math.log(2 * math.pi * math.e))
+    expected = (exact.short_run_kl(s, n_steps) + entropies - exact.log_marginal())[0]
+    own = s[:, :1] if shape == "every" else s[0] if shape == "example" else s  # image 0 alone
+    many = copies(posterior, 2000)
+    energy = -many.log_joint(run(many, n_steps, own).final).detach()
+    assert (energy.mean() - expected).abs() < 4 * energy.std() / 2000**0.5
+
+
+@pytest.mark.parametrize("case", [c for c in LINEAR if c[4] not in ("every", "example")], ids=str)
+@pytest.mark.parametrize("estimator", ["change_of_variables", "path"])
+def test_one_draw_bounds_are_never_below_the_exact_value(linear_posterior, case, estimator):
+    """E log q_s is the value at which they stop; taken chain by chain, so that the energy adds no noise."""
+    n_steps = case[2]
+    posterior, exact, s = linear_case(linear_posterior, *case)
+    many = copies(posterior, 200 if estimator == "path" else 20)
+    chain = run(many, n_steps, s)
+    excess = getattr(entropy, estimator)(many, chain) - log_q(exact, chain)
+    assert excess.mean() > -4 * excess.std() / len(excess) ** 0.5
+
+
+def log_q(exact, chain):
+    """The exact log q_s(e_K) of image 0."""
+    mean, covariance = exact.short_run_moments(chain.step_size, chain.n_steps)
+    return torch.distributions.MultivariateNormal(mean[0], covariance[0]).log_prob(chain.final)
+
+
+def test_semi_implicit_lies_between_the_exact_value_and_change_of_variables(linear_posterior):
+    n_steps = 5
+    single = linear_posterior(1, mask=True, latents=2)
+    many = copies(single, 100)
+    chain = run(many, n_steps, 0.5 / largest_curvature(single))
+    noises, exact = further_noises(chain, 100), log_q(srlib.ClosedForm(single), chain)
+    one = entropy.change_of_variables(many, chain) - exact
+    few = entropy.semi_implicit(many, chain, noises[:4]) - exact
+    more = entropy.semi_implicit(many, chain, noises) - exact
+    assert one.mean() > few.mean() > more.mean()
+    assert -4 * more.std() / 10 < more.mean() < 0.6 * one.mean()
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_backwards_finds_the_start_of_the_chain(small_posterior, masked):
+    posterior = small_posterior(masked)
+    chain = run(posterior, 4, 1e-3)
+    back = entropy.backwards(posterior, chain.final, chain.step_size, chain.noise)
+    torch.testing.assert_close(back.trajectory, chain.trajectory, rtol=1e-7, atol=1e-7)
+    assert torch.equal(back.final, chain.final)
+    other = entropy.backwards(posterior, chain.final, chain.step_size, chain.noise.flip(0))
+    replayed = srlib.short_run(posterior, 4, chain.step_size, other.initial, chain.noise.flip(0))
+    torch.testing.assert_close(replayed.final, chain.final, rtol=1e-7, atol=1e-7)
+    assert not torch.allclose(other.initial, chain.initial)
+
+
+def test_backwards_refuses_steps_without_an_inverse(linear_posterior):
+    posterior = linear_posterior(1)
+    chain = run(posterior, 3, 1.5 / largest_curvature(posterior))
+    with pytest.raises(ValueError, match=r"step 2 with step size .* smaller step size"):
+        entropy.backwards(posterior, chain.final, chain.step_size, chain.noise)
+
+
+def test_equation_17_as_printed_loosens_with_more_draws():
+    """The same e_0 under other noises is no preimage of e_K: each value is the log of a mean that grows with its tail."""
+    posterior = copies(saturating_posterior(pixels=6, latents=2, scale=1.0, sigma=0.3), 800)
+    chain = run(posterior, 10, 0.02)
+    noises = further_noises(chain, 40)
+    one = entropy.change_of_variables(posterior, chain)
+    few = entropy.equation_17(posterior, chain, noises[:3])
+    more = entropy.equation_17(posterior, chain, noises)
+    for looser, tighter in ((few, one), (more, few)):
+        excess = looser - tighter
+        assert excess.mean() > 4 * excess.std() / len(excess) ** 0.5
+
+
+def test_equation_17_is_an_average_of_densities(small_posterior):
+    posterior = small_posterior(masked=False)
+    chain = run(posterior, 2, 4e-3)
+    noise = further_noises(chain, 1)
+    other = srlib.short_run(posterior, 2, 4e-3, chain.initial, noise[0], keep_trajectory=True)
+    densities = [entropy.change_of_variables(posterior, c).exp() for c in (chain, other)]
+    torch.testing.assert_close(entropy.equation_17(posterior, chain, noise), (sum(densities) / 2).log())
+
+
+@pytest.mark.parametrize("overshoot", [0.5, 3.0, 20.0])
+def test_linear_noise_stays_finite_over_200_overshooting_steps(overshoot):
+    """tanh keeps the chain in bounds where |1 - s lambda| is far above 1; S_K itself would leave float64's range."""
+    posterior = saturating_posterior(pixels=6, latents=4, scale=1.0, sigma=0.3)
+    s = overshoot * 0.3**2 / 6
+    chain = run(posterior, 200, s)
+    assert entropy.linear_noise(posterior, chain).isfinite().all()
+
+
+def test_linear_noise_does_not_square_what_overshoots():
+    """A direction that contracts by 1e-9 a step beside one that grows by 3: its variance 2 s is kept to 1e-9."""
+    weight = torch.diag(torch.tensor([math.sqrt(39), math.sqrt(8.999999)], dtype=torch.float64))
+    g = srlib.LinearGenerator(weight, torch.zeros(2, dtype=torch.float64))
+    posterior = srlib.Posterior(g, torch.zeros(1, 2, 1, 1, dtype=torch.float64), 1.0)
+    factors, s, n_steps = torch.tensor([-3.0, 1e-7], dtype=torch.float64), 0.1, 5
+    chain = run(posterior, n_steps, s)
+    variance = factors ** (2 * n_steps) + 2 * s * sum(factors ** (2 * j) for j in range(n_steps))
+    expected = 0.5 * (variance.log().sum() + 2 * math.log(2 * math.pi * math.e))
+    assert -entropy.linear_noise(posterior, chain).item() == pytest.approx(expected.item(), abs=1e-9)
+
+
+# --- errors -----------------------------------------------------------------------------------------------------------
+
+
+def test_an_unknown_method_is_named(linear_posterior):
+    posterior = linear_posterior(1)
+    with pytest.raises(ValueError, match=r"'exact' is unknown; there are: stepwise, row_by_row, low_rank"):
+        srlib.log_abs_det_jacobian(posterior, run(posterior, 2, 1e-2), "exact")
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (dict(rank=0), "rank=0 must lie between 1 and d - 1 = 2"),
+        (dict(rank=3), "rank=3"),
+        (dict(rank=1, n_probes=1), "n_probes=1 must be at least 2"),
+        (dict(rank=1, n_lanczos=3), r"n_lanczos=3 within 1 ... 2"),
+        (dict(rank=1, n_lanczos=0), "n_lanczos=0"),
+    ],
+)
+def test_low_rank_names_what_does_not_fit(linear_posterior, options, message):
+    posterior = linear_posterior(1)
+    with pytest.raises(ValueError, match=message):
+        srlib.low_rank_log_abs_det(posterior, run(posterior, 2, 1e-2), **options)
+
+
+@pytest.mark.parametrize(
+    "estimator, message",
+    [
+        ("linear_noise", "use change_of_variables"),
+        ("path", "run it with noise"),
+        ("path_gaussian", "run it with noise"),
+    ],
+)
+def test_deterministic_chains_have_no_noise_to_count(linear_posterior, estimator, message):
+    posterior = linear_posterior(1)
+    chain = run(posterior, 2, 1e-2, deterministic=True)
+    with pytest.raises(ValueError, match=message):
+        getattr(entropy, estimator)(posterior, chain)
+    assert entropy.change_of_variables(posterior, chain).isfinite().all()
+
+
+@pytest.mark.parametrize("chunk_size", [0, -1])
+def test_a_chunk_size_holds_at_least_one_state(linear_posterior, chunk_size):
+    posterior = linear_posterior(1)
+    with pytest.raises(ValueError, match=f"chunk_size={chunk_size}"):
+        srlib.log_abs_det_jacobian(posterior, run(posterior, 2, 1e-2), chunk_size=chunk_size)

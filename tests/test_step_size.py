@@ -1,0 +1,439 @@
+"""The step size as a variational parameter: objective, grid search and descent against closed forms and brute force."""
+
+import math
+
+import pytest
+import torch
+
+import srlib
+from srlib import step_size, training
+from srlib.brute_force import regular_axes, short_run_density
+from srlib.training import TrainingLoop
+
+
+class Saturating(srlib.LinearGenerator):
+    """g(e) = tanh(W e + b)."""
+
+    def forward(self, e):
+        return torch.tanh(super().forward(e))
+
+
+class TwoLayers(srlib.LinearGenerator):
+    """A linear generator whose first 2 latents count as the top layer."""
+
+    def __init__(self, weight, bias):
+        super().__init__(weight, bias)
+        self.latent_dims = (2, weight.shape[1] - 2)
+
+    def split(self, e):
+        return (e,)  # what LinearGenerator.forward expects
+
+
+def curvatures(posterior):
+    """Eigenvalues of the precision of p(e|x), ascending: [n, d]."""
+    return torch.linalg.eigvalsh(srlib.ClosedForm(posterior).precision)
+
+
+def copies(posterior, n):
+    """The posterior of image 0, n times over: n independent chains."""
+    return posterior[torch.zeros(n, dtype=torch.int64)]
+
+
+def with_generator(posterior, kind):
+    """The same images and weights under another generator."""
+    g = kind(posterior.generator.weight, posterior.generator.bias).to(posterior.x.device)
+    return srlib.Posterior(g, posterior.x, posterior.sigma, posterior.mask)
+
+
+def seeded(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+def best_constant(exact, n_steps):
+    """(s, KL) at the minimum of the exact KL, averaged over images, by a fine grid."""
+    grid = torch.logspace(-4, 0, 1500, dtype=torch.float64) * 1.99 / torch.linalg.eigvalsh(exact.precision).max().item()
+    kl = torch.stack([exact.short_run_kl(s.item(), n_steps).mean() for s in grid])
+    return grid[kl.argmin()].item(), kl.min().item()
+
+
+# --- the objective ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("estimator", ["linear_noise", "path_gaussian"])
+@pytest.mark.parametrize("masked", [False, True])
+def test_the_objective_of_a_linear_model_is_its_kl(linear_posterior, estimator, masked):
+    single = linear_posterior(1, masked)
+    exact, n_steps = srlib.ClosedForm(single), 8
+    s = 1.2 / curvatures(single).max().item()
+    values = srlib.kl_objective(copies(single, 500), s, n_steps, estimator, rng=seeded())
+    expected = exact.short_run_kl(s, n_steps) - exact.log_marginal()
+    assert (values.mean() - expected).abs() < 4 * values.std() / 500**0.5
+
+
+@pytest.mark.parametrize("estimator", step_size.ESTIMATORS)
+@pytest.mark.parametrize("shape", [(), (3, 1, 1), (4,), (2, 1)], ids=["all", "step", "latent", "example"])
+def test_gradients_in_s_are_finite_differences_under_common_random_numbers(linear_posterior, estimator, shape):
+    posterior = with_generator(linear_posterior(2, mask=True, latents=4), Saturating)
+    s = 0.004 * (0.5 + torch.rand(shape, generator=seeded(3), dtype=torch.float64)).to(posterior.x.device)
+    direction = torch.randn(shape, generator=seeded(4), dtype=torch.float64).to(s.device)
+
+    def objective(s):
+        return srlib.kl_objective(posterior, s, 3, estimator, rng=seeded(), n_noise=3).mean()
+
+    s.requires_grad_()
+    (gradient,) = torch.autograd.grad(objective(s), s)
+    with torch.no_grad():
+        difference = (objective(s + 1e-7 * direction) - objective(s - 1e-7 * direction)) / 2e-7
+    torch.testing.assert_close((gradient * direction).sum(), difference, rtol=2e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("estimator", step_size.ESTIMATORS)
+def test_given_numbers_are_common_random_numbers(linear_posterior, estimator):
+    """initial and noise drawn in the order of the docstring from the same seed, or given: the same values."""
+    posterior = linear_posterior(2)
+    rng = seeded()
+    initial = posterior.generator.sample_prior(2, rng)
+    noise = torch.stack([torch.randn(2, 3, generator=rng, dtype=torch.float64) for _ in range(4)]).to(initial.device)
+    given = srlib.kl_objective(posterior, 1e-3, 4, estimator, initial, noise, rng, n_noise=2)
+    assert torch.equal(given, srlib.kl_objective(posterior, 1e-3, 4, estimator, rng=seeded(), n_noise=2))
+
+
+def test_without_rng_torchs_global_seed_decides(linear_posterior):
+    posterior, values = linear_posterior(2), []
+    for seed in (1, 1, 2):
+        torch.manual_seed(seed)
+        values.append(srlib.kl_objective(posterior, 1e-3, 2))
+    assert torch.equal(values[0], values[1]) and not torch.equal(values[0], values[2])
+
+
+# --- brute force: nonlinear models in one and two dimensions ----------------------------------------------------------
+
+
+def wave_posterior(wave, x, sigma):
+    return srlib.Posterior(wave, torch.full((1, 1, 1, 1), x, dtype=torch.float64), sigma)
+
+
+def against_brute_force(posterior, s, n_steps, estimator, axes, n_chains):
+    """(estimate - exact objective, standard error, exact KL, log p(x))."""
+    exact = short_run_density(posterior, s, n_steps, axes)
+    values = srlib.kl_objective(copies(posterior, n_chains), s, n_steps, estimator, rng=seeded(), n_noise=20)
+    true_value = exact.kl - exact.log_marginal
+    return values.mean().item() - true_value, (values.std() / n_chains**0.5).item(), exact.kl, exact.log_marginal
+
+
+@pytest.mark.parametrize("estimator", ["change_of_variables", "semi_implicit", "path", "path_gaussian"])
+@pytest.mark.parametrize("latents", [1, 2])
+def test_bounds_hold_where_no_step_folds(wave, linear_posterior, latents, estimator):
+    if latents == 1:
+        posterior, s, axes = wave_posterior(wave, 0.7, 0.5), 0.05, regular_axes(1, 8.0, 801)
+    else:
+        posterior = with_generator(linear_posterior(1, latents=2, pixels=3, sigma=0.7), Saturating)
+        s, axes = 0.02, regular_axes(2, 7.0, 141)
+    gap, error, _, _ = against_brute_force(posterior, s, 5, estimator, axes, 2000)
+    assert gap > -4 * error
+
+
+def test_change_of_variables_falls_below_what_is_possible_where_steps_fold(wave):
+    """No objective can be below -log p(x); where steps fold, this one is."""
+    posterior, s = wave_posterior(wave, 0.7, 0.3), 0.15
+    exact = short_run_density(posterior, s, 10, regular_axes(1, 20.0, 2001))
+    values = srlib.kl_objective(copies(posterior, 2000), s, 10, "change_of_variables", rng=seeded())
+    assert exact.kl > 0
+    assert values.mean() < -exact.log_marginal - 4 * values.std() / 2000**0.5
+
+
+@pytest.mark.parametrize("estimator", ["path", "path_gaussian"])
+def test_the_extended_space_bounds_hold_where_steps_fold(wave, estimator):
+    gap, error, _, _ = against_brute_force(
+        wave_posterior(wave, 0.7, 0.3), 0.15, 10, estimator, regular_axes(1, 20.0, 2001), 2000
+    )
+    assert gap > -4 * error
+
+
+# --- grid search ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("estimator", ["linear_noise", "path_gaussian", "path", "change_of_variables", "equation_17"])
+def test_grid_search_finds_each_estimators_own_optimum(linear_posterior, estimator):
+    """Against an independent evaluation of 6 times as many step sizes with the same random numbers."""
+    single = linear_posterior(1)
+    posterior, n_steps = copies(single, 20), 6
+    fine = torch.logspace(-2, 0, 121, dtype=torch.float64) * 1.9 / curvatures(single).max().item()
+    coarse = fine[::6]
+    rng = seeded()
+    found = srlib.grid_search_step_size(posterior, list(coarse), n_steps, estimator, rng=rng)
+    means = torch.stack(
+        [srlib.kl_objective(posterior, s.item(), n_steps, estimator, rng=seeded()).mean() for s in fine]
+    )
+    torch.testing.assert_close(found.objective, means[::6])
+    assert found.step_size == coarse[means[::6].argmin()]
+    assert abs(found.best * 6 - int(means.argmin())) <= 6
+
+
+def test_change_of_variables_has_a_minimum_between_all_poles_where_the_kl_has_one():
+    """Poles of -log|det| at s = 1/lambda: with three distinct lambdas three bounded minima, where the exact KL has one."""
+    weight = torch.diag(torch.tensor([3.0, 9.0, 30.0], dtype=torch.float64))
+    g = srlib.LinearGenerator(weight, torch.zeros(3, dtype=torch.float64))
+    posterior = srlib.Posterior(g, torch.zeros(1, 3, 1, 1, dtype=torch.float64), 1.0)
+    poles = 1 / (1 + weight.diagonal() ** 2)
+    n_steps, s = 20, torch.logspace(-5, math.log10(1.9 / 901), 600, dtype=torch.float64)
+    kl = torch.stack([srlib.ClosedForm(posterior).short_run_kl(v.item(), n_steps)[0] for v in s])
+    exact = srlib.StepSizeResult(s[kl.argmin()], s, kl[:, None])
+    assert len(exact.local_minima) == 1
+    found = srlib.grid_search_step_size(copies(posterior, 20), list(s), n_steps, "change_of_variables", rng=seeded())
+    peaks = srlib.StepSizeResult(s[0], s, -found.values).local_minima
+    assert len(found.local_minima) >= 2
+    assert any(abs(s[i] / poles.min() - 1) < 0.02 for i in peaks)
+
+
+def test_grid_search_for_each_example_takes_each_images_minimum(linear_posterior):
+    posterior = linear_posterior(5)
+    candidates = [1e-3, 3e-3, 9e-3]
+    found = srlib.grid_search_step_size(posterior, candidates, 5, share="example", rng=seeded())
+    assert found.step_size.shape == (5, 1)
+    each = torch.stack([srlib.kl_objective(posterior, s, 5, "linear_noise", rng=seeded()) for s in candidates])
+    assert found.step_size.flatten().tolist() == [candidates[i] for i in each.argmin(0)]
+    srlib.short_run(posterior, 5, found.step_size)
+
+
+def test_grid_search_among_schedules(linear_posterior):
+    posterior = linear_posterior(6)
+    schedules = [srlib.geometric_step_sizes(a, b, 4) for a, b in ((1e-4, 1e-4), (1e-2, 3e-3))]
+    found = srlib.grid_search_step_size(posterior, schedules, 4, rng=seeded())
+    assert found.candidates.shape == (2, 4, 1, 1) and torch.equal(found.step_size.cpu(), schedules[1])
+
+
+@pytest.mark.parametrize("estimator", ["linear_noise", "semi_implicit"])
+def test_candidates_that_diverge_or_have_no_inverse_count_as_infinite(linear_posterior, estimator):
+    posterior = linear_posterior(2)
+    good, bad = (factor / curvatures(posterior).max().item() for factor in (0.4, 40.0))
+    found = srlib.grid_search_step_size(posterior, [bad, good], 60, estimator, rng=seeded())
+    assert found.best == 1 and found.step_size == good
+    assert found.objective[0] == math.inf and found.objective[1].isfinite()
+    assert found.plausible.tolist() == [False, True]
+
+
+def test_the_result_gives_curve_error_and_what_it_cannot_tell_apart():
+    values = torch.tensor([[4.0, 6.0], [1.0, 3.0], [1.5, 2.7], [5.0, 9.0]], dtype=torch.float64)
+    result = srlib.StepSizeResult(torch.tensor(2.0), torch.arange(1.0, 5.0), values)
+    assert result.objective.tolist() == pytest.approx([5, 2, 2.1, 7]) and result.best == 1
+    assert result.standard_error.tolist() == pytest.approx([1, 1, 0.6, 2])
+    assert result.plausible.tolist() == [False, True, True, False]
+    assert result.local_minima == [1]
+
+
+def test_one_image_has_an_objective_and_no_error(linear_posterior):
+    found = srlib.grid_search_step_size(linear_posterior(1), [1e-3, 2e-3], 3, rng=seeded())
+    assert found.standard_error.isnan().all() and found.objective.isfinite().all()
+    assert found.plausible[found.best]
+
+
+# --- descent ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("latents, n_steps, start", [(3, 10, 0.05), (3, 10, 1.8)])
+def test_descent_ends_within_2_percent_of_the_optimum_of_the_exact_kl(
+    linear_posterior, latents, n_steps, start, masked
+):
+    single = linear_posterior(1, masked, latents=latents)
+    exact = srlib.ClosedForm(single)
+    initial = start / curvatures(single).max().item()
+    many = copies(single, 400)
+    found = srlib.descend_step_size(many, initial, n_steps, n_iterations=50, rng=seeded())
+    _, lowest = best_constant(exact, n_steps)
+    assert exact.short_run_kl(initial, n_steps).item() > 1.1 * lowest
+    assert exact.short_run_kl(found.step_size, n_steps).item() < 1.02 * lowest
+
+
+def test_a_step_size_for_each_step_beats_the_best_constant(linear_posterior):
+    single, n_steps = linear_posterior(1), 6
+    exact = srlib.ClosedForm(single)
+    constant, lowest = best_constant(exact, n_steps)
+    found = srlib.descend_step_size(copies(single, 200), constant, n_steps, "step", n_iterations=60, rng=seeded())
+    assert found.step_size.shape == (n_steps, 1, 1) and found.candidates.shape[1:] == (n_steps, 1, 1)
+    assert exact.short_run_kl(found.step_size, n_steps).item() < 0.95 * lowest
+
+
+def test_a_step_size_for_each_layer_beats_the_best_constant():
+    """The top layer is 5 times as stiff as the other: one number cannot suit both."""
+    weight = torch.diag(torch.tensor([10.0, 10.0, 2.0, 2.0, 2.0], dtype=torch.float64))
+    g = TwoLayers(weight, torch.zeros(5, dtype=torch.float64))
+    single = srlib.Posterior(g, torch.ones(1, 5, 1, 1, dtype=torch.float64), 1.0)
+    exact, n_steps = srlib.ClosedForm(single), 6
+    constant, lowest = best_constant(exact, n_steps)
+    found = srlib.descend_step_size(copies(single, 200), constant, n_steps, "layer", n_iterations=40, rng=seeded())
+    top, bottom = found.step_size.split((2, 3))
+    assert (top == top[0]).all() and (bottom == bottom[0]).all() and bottom[0] > 2 * top[0]
+    assert exact.short_run_kl(found.step_size, n_steps).item() < 0.8 * lowest
+
+
+def test_a_step_size_for_each_example_beats_the_best_constant(linear_posterior):
+    """Half of the images show one pixel, the others all: their posteriors differ in stiffness."""
+    whole = linear_posterior(40, pixels=30)
+    mask = torch.ones_like(whole.x)
+    mask[::2, 1:] = 0
+    posterior = srlib.Posterior(whole.generator, whole.x, whole.sigma, mask)
+    exact, n_steps = srlib.ClosedForm(posterior), 6
+    constant, lowest = best_constant(exact, n_steps)
+    found = srlib.descend_step_size(posterior, constant, n_steps, "example", n_iterations=40, rng=seeded())
+    assert found.step_size.shape == (40, 1)
+    assert found.step_size[::2].mean() > 1.5 * found.step_size[1::2].mean()
+    assert exact.short_run_kl(found.step_size, n_steps).mean().item() < 0.9 * lowest
+
+
+@pytest.mark.parametrize("estimator", ["change_of_variables", "path_gaussian", "semi_implicit", "linear_noise"])
+def test_the_best_iterate_is_the_answer(linear_posterior, estimator):
+    posterior = linear_posterior(4)
+    found = srlib.descend_step_size(posterior, 2e-3, 4, estimator=estimator, n_iterations=6, rng=seeded())
+    assert found.values.shape == (7, 4) and found.candidates.shape == (7,)
+    assert found.step_size == found.candidates[found.best]
+    assert found.objective.min() < found.objective[0]
+
+
+def test_one_iteration_is_one_step_that_is_taken_if_it_helps(linear_posterior):
+    found = srlib.descend_step_size(linear_posterior(4), 1e-3, 4, n_iterations=1, learning_rate=0.1, rng=seeded())
+    assert found.step_size.item() == pytest.approx(1e-3 * math.exp(0.1)) and found.best == 1
+
+
+def test_descent_comes_back_from_steps_where_the_chain_diverges(linear_posterior):
+    posterior = linear_posterior(2)
+    start = 0.5 / curvatures(posterior).max().item()
+    found = srlib.descend_step_size(posterior, start, 100, learning_rate=4.0, n_iterations=12, rng=seeded())
+    assert found.objective.isinf().any()
+    assert found.objective[found.best].isfinite() and found.step_size == found.candidates[found.best]
+    assert found.objective[found.best] < found.objective[0]
+
+
+def test_one_wild_chain_does_not_decide_the_direction(monkeypatch, linear_posterior):
+    """A chain whose part of the gradient is huge counts CLIP times the median chain's."""
+    posterior = linear_posterior(3)
+    slopes = torch.tensor([1.0, -2.0, -1e9], dtype=torch.float64).to(posterior.x.device)
+    monkeypatch.setattr(step_size, "kl_objective", lambda p, s, *_, **__: s[:, 0] * slopes)
+    one = torch.ones((), dtype=torch.float64, device=posterior.x.device)
+    _, gradient = step_size._value_and_gradient(posterior, one, 3, "path", seeded())
+    assert gradient.item() == pytest.approx((1 - 2 - 2 * step_size.CLIP) / 3)
+
+
+# --- what must not change, and errors ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("diverge", [False, True])
+def test_the_callers_generator_and_torchs_random_state_are_left_alone(linear_posterior, diverge):
+    posterior = linear_posterior(2)
+    posterior.generator.bias.requires_grad_(False)
+    before, before_rng = [p.clone() for p in posterior.generator.parameters()], torch.get_rng_state()
+    if diverge:
+        with pytest.raises(srlib.DivergenceError):
+            srlib.kl_objective(posterior, 10.0, 50, rng=seeded())
+    else:
+        for estimator in step_size.ESTIMATORS:
+            srlib.kl_objective(posterior, 1e-3, 3, estimator, rng=seeded(), n_noise=1)
+        srlib.grid_search_step_size(posterior, [1e-3], 3, rng=seeded())
+        srlib.descend_step_size(posterior, 1e-3, 3, n_iterations=2, rng=seeded())
+    assert [p.requires_grad for p in posterior.generator.parameters()] == [True, False]
+    assert all(p.grad is None for p in posterior.generator.parameters())
+    assert all(torch.equal(a, b) for a, b in zip(before, posterior.generator.parameters()))
+    assert torch.equal(torch.get_rng_state(), before_rng)
+
+
+@pytest.mark.parametrize(
+    "call, message",
+    [
+        (lambda p: srlib.kl_objective(p, 1e-3, 2, "eq17"), "'eq17' is unknown; there are: change_of_variables"),
+        (lambda p: srlib.kl_objective(p, 1e-3, 2, "equation_17", n_noise=0), "n_noise=0.*at least 1"),
+        (lambda p: srlib.kl_objective(p, 1e-3, 2, "semi_implicit", n_noise=0), "n_noise=0"),
+        (lambda p: srlib.kl_objective(p, -1e-3, 2), "step_size=-0.001 must be positive"),
+        (lambda p: srlib.grid_search_step_size(p, []), "candidates is empty; a usual grid"),
+        (lambda p: srlib.grid_search_step_size(p, [1e-3, -1.0]), "must be positive"),
+        (lambda p: srlib.grid_search_step_size(p, [9.0, 10.0], 50), "from 9 to 10 gives .*; try smaller ones"),
+        (lambda p: srlib.grid_search_step_size(p, [1e-3], share="step"), "share='step'"),
+        (lambda p: srlib.grid_search_step_size(p, [torch.ones(25, 1, 1)], share="example"), "share='example'"),
+        (lambda p: srlib.grid_search_step_size(p, [1e-3], estimator="x"), "estimator='x' is unknown"),
+        (lambda p: srlib.descend_step_size(p, 1e-3, share="image"), "share='image' is unknown; there are: all, step"),
+        (lambda p: srlib.descend_step_size(p, 0.0), "initial=0.0 must be positive"),
+        (lambda p: srlib.descend_step_size(p, math.nan), "initial=nan must be positive"),
+        (lambda p: srlib.descend_step_size(p, 10.0, 50), "not finite at initial=10.0; start from a smaller"),
+        (lambda p: srlib.descend_step_size(p, torch.ones(7), share="step"), r"initial has shape \(7,\)"),
+        (lambda p: srlib.descend_step_size(p, 1e-3, n_iterations=0), "n_iterations=0"),
+        (lambda p: srlib.descend_step_size(p, 1e-3, learning_rate=0.0), "learning_rate=0.0"),
+        (lambda p: srlib.StepSizeSearch("newton"), "method='newton' is unknown"),
+        (lambda p: srlib.StepSizeSearch(estimator="x"), "estimator='x' is unknown"),
+        (lambda p: srlib.StepSizeSearch(n_images=1), "n_images=1"),
+        (lambda p: srlib.StepSizeSearch(factors=(1.0, -1.0)), "factors"),
+        (lambda p: srlib.StepSizeSearch(factors=()), "factors"),
+    ],
+)
+def test_messages_name_the_value_and_the_remedy(linear_posterior, call, message):
+    with pytest.raises(ValueError, match=message):
+        call(linear_posterior(2))
+
+
+# --- in training ------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def images():
+    """12 images of a white bar in a random row, uint8."""
+    rows = torch.randint(0, 12, (12, 1), generator=seeded())
+    bar = (torch.arange(16) - rows).abs() < 3
+    return (bar[:, None, :, None].expand(12, 1, 16, 16) * 255).to(torch.uint8)
+
+
+def fit(images, search, n_updates=6, seed=0, directory=None):
+    torch.manual_seed(seed)
+    g = srlib.TopDownGenerator((2, 3), (1, 16, 16), channels=4, feature_size=8)
+    system = srlib.ShortRun(g, n_steps=3, step_size=2e-3, sigma=0.3, sigma_start=0.5, update_step_size=search, every=2)
+    plan = srlib.TrainingPlan(n_updates, batch_size=4, learning_rates=(1e-3,))
+    return system, system.fit(images, plan, seeded(seed), directory, progress=False)
+
+
+SEARCHES = [srlib.StepSizeSearch("grid"), srlib.StepSizeSearch("descent", n_images=6)]
+
+
+@pytest.mark.parametrize("search", SEARCHES, ids=["grid", "descent"])
+def test_training_updates_s_and_keeps_what_it_chose(images, search):
+    system, history = fit(images, search)
+    assert history["chosen_at"] == [2, 4, 6]
+    for name in ("chosen_step_size", "objective", "objective_standard_error", "search_seconds"):
+        assert len(history[name]) == 3 and all(math.isfinite(v) for v in history[name])
+    assert len(history["step_size"]) == 6
+    in_units = [s / sigma**2 for s, sigma in zip(history["step_size"], history["sigma"])]
+    assert in_units[0] == pytest.approx(in_units[1], rel=1e-5)
+    assert any(abs(u / in_units[0] - 1) > 0.01 for u in in_units[2:])
+    assert system.step_size.item() == pytest.approx(history["chosen_step_size"][-1], rel=1e-5)
+
+
+@pytest.mark.parametrize("search", SEARCHES, ids=["grid", "descent"])
+def test_a_training_that_chooses_s_repeats_itself(images, search):
+    (first, a), (second, b), (_, c) = (fit(images, search, seed=seed) for seed in (0, 0, 1))
+    for name in a.keys() - {"search_seconds"}:
+        assert a[name] == b[name]
+    assert a["chosen_step_size"] != c["chosen_step_size"] or a["loss"] != c["loss"]
+    assert all(torch.equal(v, w) for v, w in zip(first.state_dict().values(), second.state_dict().values()))
+
+
+class Killed(Exception):
+    pass
+
+
+@pytest.mark.parametrize("killed_at", [2, 3, 5])
+@pytest.mark.parametrize("search", SEARCHES, ids=["grid", "descent"])
+def test_a_killed_training_that_chooses_s_resumes_with_the_same_bits(images, tmp_path, monkeypatch, search, killed_at):
+    whole, history = fit(images, search)
+    monkeypatch.setattr(training, "SECONDS_BETWEEN_SAVES", -1.0)
+    update = TrainingLoop.update
+
+    def killing_update(loop, loss, **monitored):
+        if loop.t == killed_at:
+            raise Killed
+        update(loop, loss, **monitored)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(TrainingLoop, "update", killing_update)
+        with pytest.raises(Killed):
+            fit(images, search, directory=tmp_path)
+    resumed, continued = fit(images, search, seed=0, directory=tmp_path)
+    for name in history.keys() - {"search_seconds"}:
+        assert continued[name] == history[name]
+    assert all(torch.equal(v, w) for v, w in zip(whole.state_dict().values(), resumed.state_dict().values()))
