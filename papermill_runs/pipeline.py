@@ -385,6 +385,10 @@ def build_book(profile: Profile) -> Path:
     for job in profile.chapters:
         (source / f"{job.name}.md").unlink()
         shutil.copy(job.output, source / f"{job.name}.ipynb")
+    for page in source.glob("*.md"):
+        if "kernelspec:" in (text := page.read_text()):  # a chapter that this profile does not execute
+            title = next(line for line in text.splitlines() if line.startswith("# "))
+            page.write_text(f"{title}\n\nThe profile `{profile.name}` has no results of this chapter; `quick` has.\n")
     (source / "runs").mkdir()
     shown = [job for job in profile.runs if job.output.exists()]
     for job in shown:

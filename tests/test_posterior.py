@@ -125,3 +125,10 @@ def test_latents_of_another_shape_are_refused(small_posterior):
     posterior = small_posterior(masked=False)
     with pytest.raises(ValueError, match=r"need \[\d, 12\]"):
         posterior.score(torch.zeros(len(posterior), 7, dtype=torch.float64))
+
+
+def test_a_mask_of_booleans_is_a_mask(small_posterior):
+    posterior = small_posterior(masked=True)
+    same = srlib.Posterior(posterior.generator, posterior.x, posterior.sigma, posterior.mask.bool())
+    e = posterior.generator.sample_prior(4, torch.Generator().manual_seed(0))
+    assert torch.equal(same.log_joint(e), posterior.log_joint(e))
