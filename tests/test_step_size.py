@@ -268,19 +268,6 @@ def test_a_step_size_for_each_layer_beats_the_best_constant():
     assert exact.short_run_kl(found.step_size, n_steps).item() < 0.8 * lowest
 
 
-def test_a_step_size_for_each_example_beats_the_best_constant(linear_posterior):
-    """Half of the images show one pixel, the others all: their posteriors differ in stiffness."""
-    whole = linear_posterior(40, pixels=30)
-    mask = torch.ones_like(whole.x)
-    mask[::2, 1:] = 0
-    posterior = srlib.Posterior(whole.generator, whole.x, whole.sigma, mask)
-    exact, n_steps = srlib.ClosedForm(posterior), 6
-    constant, lowest = best_constant(exact, n_steps)
-    found = srlib.descend_step_size(posterior, constant, n_steps, "example", n_iterations=40, rng=seeded())
-    assert found.step_size.shape == (40, 1)
-    assert found.step_size[::2].mean() > 1.5 * found.step_size[1::2].mean()
-    assert exact.short_run_kl(found.step_size, n_steps).mean().item() < 0.9 * lowest
-
 
 @pytest.mark.parametrize("estimator", ["change_of_variables", "path_gaussian", "semi_implicit", "linear_noise"])
 def test_the_best_iterate_is_the_answer(linear_posterior, estimator):
