@@ -268,7 +268,6 @@ def test_a_step_size_for_each_layer_beats_the_best_constant():
     assert exact.short_run_kl(found.step_size, n_steps).item() < 0.8 * lowest
 
 
-
 @pytest.mark.parametrize("estimator", ["change_of_variables", "path_gaussian", "semi_implicit", "linear_noise"])
 def test_the_best_iterate_is_the_answer(linear_posterior, estimator):
     posterior = linear_posterior(4)
