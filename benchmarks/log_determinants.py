@@ -16,6 +16,7 @@ import subprocess
 import sys
 import time
 import warnings
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -123,32 +124,39 @@ def accuracy(n_steps):
     x = srlib.to_unit_range(srlib.load("digits").test.images[:N_CHAINS])
     found = {}
     for t, g in checkpoints():
-        rows = [
-            kept(f"chains-{t}-{first}-K{n_steps}", lambda: chains_of(g, x[first : first + AT_ONCE], n_steps, first))  # noqa: B023
-            for first in range(0, N_CHAINS, AT_ONCE)
-        ]
-        found[t] = {name: [v for row in rows for v in row[name]] for name in rows[0] if name != "seconds"}
-        found[t]["seconds"] = {name: sum(row["seconds"][name] for row in rows) for name in rows[0]["seconds"]}
+        rows = []
+        for first in range(0, N_CHAINS, AT_ONCE):
+            posterior = srlib.Posterior(g, x[first : first + AT_ONCE], SIGMA)
+            rng = torch.Generator().manual_seed(1000 + first)
+            chain = srlib.short_run(posterior, n_steps, STEP_SIZE, rng=rng, keep_trajectory=True)
+            name = f"{t}-{first}-K{n_steps}"
+            exact = kept(f"stepwise-{name}", partial(stepwise, posterior, chain))
+            rows.append(exact | kept(f"estimates-{name}", partial(estimates, posterior, chain, rng)))
+        found[t] = {name: sum(row[name] for row in rows) for name in rows[0] if name.startswith("seconds")}
+        found[t] |= {name: [v for row in rows for v in row[name]] for name in rows[0] if name not in found[t]}
     report(found, n_steps)
 
 
-def chains_of(g, x, n_steps, first):
-    posterior = srlib.Posterior(g, x, SIGMA)
-    rng = torch.Generator().manual_seed(1000 + first)
-    chain = srlib.short_run(posterior, n_steps, STEP_SIZE, rng=rng, keep_trajectory=True)
-    row, seconds = {}, {}
+def stepwise(posterior, chain):
     started = time.perf_counter()
-    row["exact"] = srlib.log_abs_det_jacobian(posterior, chain).tolist()
-    seconds["stepwise"] = time.perf_counter() - started
+    exact = srlib.log_abs_det_jacobian(posterior, chain).tolist()
+    return dict(exact=exact, seconds_stepwise=time.perf_counter() - started)
+
+
+def estimates(posterior, chain, rng):
     started = time.perf_counter()
     low_rank = srlib.low_rank_log_abs_det(posterior, chain, rng=rng)
-    seconds["low_rank"] = time.perf_counter() - started
-    row |= dict(value=low_rank.value.tolist(), standard_error=low_rank.standard_error.tolist())
-    row["products"] = [low_rank.n_products] * len(x)
+    seconds = time.perf_counter() - started
     started = time.perf_counter()
-    row["quadrature"] = quadrature(posterior, chain, low_rank.n_products, rng).tolist()
-    seconds["quadrature"] = time.perf_counter() - started
-    return row | {"seconds": seconds}
+    plain = quadrature(posterior, chain, low_rank.n_products, rng)
+    return dict(
+        value=low_rank.value.tolist(),
+        standard_error=low_rank.standard_error.tolist(),
+        products=[low_rank.n_products] * len(posterior),
+        quadrature=plain.tolist(),
+        seconds_low_rank=seconds,
+        seconds_quadrature=time.perf_counter() - started,
+    )
 
 
 def quadrature(posterior, chain, n_products, rng, n_lanczos=13):
@@ -191,7 +199,7 @@ def report(found, n_steps):
                 quadrature_worst=plain_error.abs().max().item(),
                 quadrature_rms=plain_error.square().mean().sqrt().item(),
                 products=dict(stepwise=n_steps * d, low_rank=row["products"][0]),
-                seconds=row["seconds"],
+                seconds={name: row[f"seconds_{name}"] for name in ("stepwise", "low_rank", "quadrature")},
             )
         )
         r = rows[-1]
