@@ -30,12 +30,10 @@ from torch import Tensor
 
 from .generators import randn_like
 from .langevin import Chain, short_run
-from .posterior import Posterior, frozen
+from .posterior import PRODUCTS_AT_ONCE, Posterior, basis_vectors, frozen
 
 Method = Literal["stepwise", "row_by_row", "low_rank"]
 
-# Hessian-vector products at once. More does not make a CPU faster, and each holds one image's activations.
-PRODUCTS_AT_ONCE = 1024
 # States whose Hessians are computed together. Many states with few vectors each are several times faster than few with many.
 STATES_AT_ONCE = 64
 # Largest relative error of an eigenvalue of dF/de_0 that "row_by_row" passes over in silence.
@@ -60,7 +58,7 @@ def log_abs_det_jacobian(
     "stepwise" and "row_by_row" are differentiable with respect to a `step_size` that requires gradients.
     """
     if method == "stepwise":
-        return _log_abs_dets(step_jacobians(posterior, chain, chunk_size)).sum(0)
+        return torch.linalg.slogdet(step_jacobians(posterior, chain, chunk_size))[1].sum(0)
     if method == "row_by_row":
         return _row_by_row(posterior, chain)
     if method == "low_rank":
@@ -103,22 +101,16 @@ class _Hessian(torch.autograd.Function):
     def forward(ctx: Any, e: Tensor, posterior: Posterior) -> Tensor:
         ctx.posterior = posterior
         ctx.save_for_backward(e)
-        n, d = e.shape
-        basis = torch.eye(d, dtype=e.dtype, device=e.device)[:, None, :].expand(d, n, d)
-        pieces = basis.split(max(1, PRODUCTS_AT_ONCE // n))
-        h = torch.cat([posterior.hessian_product(e, piece) for piece in pieces]).transpose(0, 1)
-        return 0.5 * (h + h.mT)
+        return posterior.hessian(e)
 
     @staticmethod
     def backward(ctx: Any, weight: Tensor) -> tuple[Tensor, None]:
         (e,) = ctx.saved_tensors
-        n, d = e.shape
         rows = (0.5 * (weight + weight.mT)).transpose(0, 1)  # [d, n, d]
-        basis = torch.eye(d, dtype=e.dtype, device=e.device)[:, None, :].expand(d, n, d)
         with torch.enable_grad(), frozen(ctx.posterior.generator):
             e = e.detach().requires_grad_()
             score = ctx.posterior.score(e, create_graph=True)
-            (h,) = torch.autograd.grad(score, e, basis, create_graph=True, is_grads_batched=True)
+            (h,) = torch.autograd.grad(score, e, basis_vectors(e), create_graph=True, is_grads_batched=True)
             # a linear generator's Hessian does not depend on e at all
             gradient = torch.autograd.grad((rows * h).sum(), e)[0] if h.requires_grad else torch.zeros_like(e)
         return gradient, None
@@ -256,14 +248,13 @@ class _Clip(torch.autograd.Function):
 
 def _row_by_row(posterior: Posterior, chain: Chain) -> Tensor:
     """Section 5.5 as written: rows of dF/de_0 by vector-Jacobian products through all K steps, then eigenvalues."""
-    n, d = chain.initial.shape
     differentiable = chain.step_size.requires_grad and torch.is_grad_enabled()
     deterministic = chain.noise is None
     with torch.enable_grad():
         start = chain.initial.detach().requires_grad_()
         rng = torch.Generator()  # nothing is drawn; without it, torch's global state would move on
         final = short_run(posterior, chain.n_steps, chain.step_size, start, chain.noise, deterministic, rng).final
-        basis = torch.eye(d, dtype=final.dtype, device=final.device)[:, None, :].expand(d, n, d)
+        basis = basis_vectors(start)
         (rows,) = torch.autograd.grad(final, start, basis, create_graph=differentiable, is_grads_batched=True)
     jacobian = rows.transpose(0, 1)
     precision = torch.finfo(jacobian.dtype).eps
@@ -434,10 +425,6 @@ def _replayed(posterior: Posterior, chain: Chain, noise: Tensor | None) -> Chain
 def _step_sizes(chain: Chain) -> Tensor:
     """s as [K, n, d] in float64."""
     return chain.step_size.double().expand(chain.n_steps, *chain.initial.shape)
-
-
-def _log_abs_dets(matrices: Tensor) -> Tensor:
-    return torch.linalg.slogdet(matrices)[1]
 
 
 def _log_prior(e: Tensor) -> Tensor:

@@ -25,7 +25,7 @@ from . import checkpoints, provenance
 from .data import Dataset, Split, load, to_unit_range
 from .evaluation.reconstruction import recognised, reconstructions, squared_error
 from .system import System
-from .training import TrainingPlan, snapshot_file
+from .training import TrainingPlan, resume_file, snapshot_file
 
 EvaluationSplit = Literal["test", "validation"]
 Search = Literal["none", "grid", "descent"]
@@ -156,7 +156,8 @@ def run(config: Config, output: Path | str, progress: bool = True) -> dict[str, 
     checkpoints.write_json(output / "history.json", {"history": history})
     checkpoints.save(output / "model.safetensors", system.state_dict(), {"config": asdict(config)})
 
-    written = [output / "history.json", *sorted(output.glob("*.safetensors"))]
+    kept = (output / "model.safetensors", *(snapshot_file(output, t) for t in config.snapshots))
+    written = [output / "history.json", *kept]
     sources = modules(config.system)
     metrics = {
         "config": asdict(config),
@@ -173,6 +174,7 @@ def run(config: Config, output: Path | str, progress: bool = True) -> dict[str, 
         "modules": sources,
     }
     checkpoints.write_json(output / "metrics.json", metrics)
+    resume_file(output).unlink(missing_ok=True)
     return metrics
 
 
@@ -187,10 +189,8 @@ def evaluate(system: System, dataset: Dataset, split: EvaluationSplit, seed: int
         "n_images": len(errors),
         "mse": errors.mean().item(),
         "mse_standard_error": errors.std().item() / len(errors) ** 0.5,
+        **system.settings(),
     }
-    if hasattr(system, "step_size"):
-        scores["step_size"] = system.step_size.item()
-        scores["noise_scale"] = (2 * system.step_size.item()) ** 0.5  # delta of the authors' script, s = delta^2 / 2
     if held_out.labels is not None:
         train = to_unit_range(dataset.train.images), dataset.train.labels
         scores["recognised_originals"] = recognised(*train, images, held_out.labels)[1]

@@ -86,8 +86,7 @@ def short_run(
 
     Raises ValueError for arguments that do not fit, `DivergenceError` for a chain that left all bounds.
     """
-    if isinstance(n_steps, bool) or not isinstance(n_steps, int) or n_steps < 1:
-        raise ValueError(f"n_steps={n_steps}: a short run takes a whole number of steps, at least 1")
+    check_whole("n_steps", n_steps)
     if deterministic and noise is not None:
         raise ValueError("noise was given for a deterministic chain; leave out one of the two")
     if rng is None:
@@ -135,6 +134,12 @@ def geometric_step_sizes(first: float, last: float, n_steps: int) -> Tensor:
     if not (0 < first < math.inf and 0 < last < math.inf) or n_steps < 1:
         raise ValueError(f"first={first}, last={last} must be positive and finite, n_steps={n_steps} at least 1")
     return torch.logspace(math.log10(first), math.log10(last), n_steps, dtype=torch.float64)[:, None, None]
+
+
+def check_whole(name: str, value: int, least: int = 1) -> None:
+    """Raises ValueError unless `value` is a whole number of at least `least`."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise ValueError(f"{name}={value!r} must be a whole number, at least {least}")
 
 
 def validated_step_size(step_size: float | Tensor, shape: tuple[int, ...], e: Tensor) -> Tensor:

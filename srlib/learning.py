@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from .generators import Generator
-from .langevin import short_run
+from .langevin import noise_scale_from_step_size, short_run
 from .posterior import Posterior
 from .step_size import StepSizeResult
 from .system import System
@@ -94,6 +94,8 @@ class ShortRun(System):
         log p(x), at the s chosen) with objective_standard_error, and search_seconds.
         Warns if the generator has collapsed to a constant image.
         """
+        if min(plan.batch_size, len(images)) == 1:
+            raise ValueError("batches of 1 image: whether the generator collapses is seen from 2 images on; use more")
         rng = rng or torch.Generator().manual_seed(int(torch.randint(2**62, ())))
         loop = TrainingLoop(self, images, plan, rng, directory, progress=progress)
         for t, x, _ in loop:  # 1. draw observed examples
@@ -113,6 +115,10 @@ class ShortRun(System):
     def infer(self, x: Tensor, mask: Tensor | None = None, rng: torch.Generator | None = None) -> Tensor:
         """Latents e_K [n, d] of one short run from noise, with the learned step size and the final sigma."""
         return short_run(Posterior(self.generator, x, self.sigma, mask), self.n_steps, self.step_size, rng=rng).final
+
+    def settings(self) -> dict[str, float]:
+        s = self.step_size.item()
+        return {"step_size": s, "noise_scale": noise_scale_from_step_size(s)}
 
     def _choose_step_size(self, posterior: Posterior, s: Tensor, loop: TrainingLoop, rng: torch.Generator) -> None:
         started = time.perf_counter()

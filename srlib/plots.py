@@ -8,6 +8,7 @@ import matplotlib as mpl
 import matplotlib.pyplot as plt
 import numpy as np
 import seaborn as sns
+import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
@@ -49,7 +50,9 @@ def image_rows(rows: Mapping[str, Tensor], columns: int = 12) -> Figure:
 
 def image_grid(images: Tensor, columns: int = 12) -> Figure:
     """A grid of images [n, C, H, W] in [-1, 1]."""
-    strips = [_strip(row) for row in images.split(columns) if len(row) == columns]
+    missing = -len(images) % columns  # places left over in the last row, white
+    images = torch.cat([images, torch.ones_like(images[:1]).expand(missing, -1, -1, -1)])
+    strips = [_strip(row) for row in images.split(columns)]
     figure, axis = plt.subplots(figsize=(8, 8 * len(strips) / columns))
     axis.imshow(np.concatenate(strips), cmap="gray", vmin=0, vmax=1, interpolation="nearest")
     axis.set_axis_off()

@@ -18,6 +18,15 @@ from torch import Tensor, nn
 
 from .generators import Generator
 
+# Hessian-vector products at once. More does not make a CPU faster, and each holds one image's activations.
+PRODUCTS_AT_ONCE = 1024
+
+
+def basis_vectors(e: Tensor) -> Tensor:
+    """The d unit vectors for each row of e [n, d]: [d, n, d], to differentiate all coordinates of a batch at once."""
+    n, d = e.shape
+    return torch.eye(d, dtype=e.dtype, device=e.device)[:, None, :].expand(d, n, d)
+
 
 @contextmanager
 def frozen(module: nn.Module) -> Iterator[None]:
@@ -103,12 +112,16 @@ class Posterior:
         with torch.enable_grad(), frozen(self.generator):
             if not (create_graph and e.requires_grad):
                 e = e.detach().requires_grad_()
-            image = self.generator(self.validated(e))
-            residual = self.x - image if self.mask is None else (self.x - image) * self.mask
-            # vector-Jacobian product J' residual: the forward and backward pass of one Langevin step, no loss needed
-            (pull,) = torch.autograd.grad(image, e, residual / self.sigma**2, create_graph=create_graph)
-            score = pull - e
+            score = self.pull(e, create_graph)[0] - e
         return score if create_graph else score.detach()
+
+    def pull(self, e: Tensor, create_graph: bool = False) -> tuple[Tensor, Tensor]:
+        """d/de log p(x | e) at e [n, d], which must require gradients: [n, d]; and the residual [n, C, H, W] it comes from."""
+        image = self.generator(self.validated(e))
+        residual = self.x - image if self.mask is None else (self.x - image) * self.mask
+        # vector-Jacobian product J' residual: the forward and backward pass of one Langevin step, no loss needed
+        (pull,) = torch.autograd.grad(image, e, residual / self.sigma**2, create_graph=create_graph)
+        return pull, residual
 
     def hessian_product(self, e: Tensor, v: Tensor) -> Tensor:
         """H(e) v for v [n, d] or several vectors v [q, n, d] at once, H = d^2/de^2 log p(e | x) at e [n, d].
@@ -123,9 +136,8 @@ class Posterior:
 
     def hessian(self, e: Tensor) -> Tensor:
         """H(e) = d^2/de^2 log p(e | x) at e [n, d]: [n, d, d], symmetric."""
-        d = self.generator.latent_dim
-        basis = torch.eye(d, dtype=e.dtype, device=e.device)[:, None, :].expand(d, len(e), d)
-        h = self.hessian_product(e, basis).permute(1, 0, 2)
+        pieces = basis_vectors(e).split(max(1, PRODUCTS_AT_ONCE // len(e)))
+        h = torch.cat([self.hessian_product(e, piece) for piece in pieces]).transpose(0, 1)
         return 0.5 * (h + h.mT)
 
     def validated(self, e: Tensor) -> Tensor:

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from .generators import randn_like
-from .langevin import validated_step_size
+from .langevin import check_whole, validated_step_size
 from .posterior import Posterior, frozen
 
 
@@ -63,12 +63,8 @@ def evaluate(posterior: Posterior, e: Tensor) -> State:
     """log p(x | e) and its gradient at e [n, d], from one pass through the generator, forward and backward."""
     variance = posterior.sigma**2
     with torch.enable_grad(), frozen(posterior.generator):
-        e = posterior.validated(e.detach()).requires_grad_()
-        image = posterior.generator(e)
-        residual = posterior.x - image
-        if posterior.mask is not None:
-            residual = residual * posterior.mask
-        (pull,) = torch.autograd.grad(image, e, residual.detach() / variance)
+        e = e.detach().requires_grad_()
+        pull, residual = posterior.pull(e)
     misfit = residual.detach().flatten(1).double().square().sum(1) / variance
     log_likelihood = -0.5 * misfit - 0.5 * posterior.n_observed * math.log(2 * math.pi * variance)
     return State(e.detach(), log_likelihood, pull)
@@ -126,8 +122,8 @@ def hmc(
 
     Raises ValueError for arguments that do not fit. Source: Neal 2011, "MCMC using Hamiltonian dynamics".
     """
-    _check_whole("n_steps", n_steps)
-    _check_whole("n_leapfrog", n_leapfrog)
+    check_whole("n_steps", n_steps)
+    check_whole("n_leapfrog", n_leapfrog)
     e = posterior.generator.sample_prior(len(posterior), rng) if initial is None else initial.detach()
     shape = (n_steps, *posterior.validated(e).shape)
     steps = validated_step_size(step_size, shape, e).detach().expand(shape)
@@ -175,8 +171,3 @@ def uniform_like(tensor: Tensor, rng: torch.Generator | None = None) -> Tensor:
     """Uniform numbers on [0, 1) like `tensor`, drawn where `rng` lives as in `randn_like`."""
     device = tensor.device if rng is None else rng.device
     return torch.rand(tensor.shape, generator=rng, device=device, dtype=tensor.dtype).to(tensor.device)
-
-
-def _check_whole(name: str, value: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise ValueError(f"{name}={value} must be a whole number, at least 1")

@@ -177,12 +177,9 @@ def descend_step_size(
     log_s = _shared(posterior, initial, n_steps, share).log().requires_grad_()
     optimiser = torch.optim.Adam([log_s], learning_rate)
     candidates, values, best = [], [], log_s.detach().clone()
-    for i in range(n_iterations + 1):
+    for _ in range(n_iterations):
         s = _expanded(log_s.exp(), posterior, share)
         candidates.append(s.detach())
-        if i == n_iterations:  # where the last step led to; no gradient is needed any more
-            values.append(_values(posterior, s.detach(), n_steps, estimator, rng.clone_state()))
-            continue
         value, gradient = _value_and_gradient(posterior, s, n_steps, estimator, rng.clone_state())
         if not values and not value.isfinite().all():
             raise ValueError(f"the objective is not finite at initial={initial}; start from a smaller step size")
@@ -196,6 +193,8 @@ def descend_step_size(
             best = log_s.detach().clone()
         (log_s.grad,) = torch.autograd.grad(s, log_s, gradient)
         optimiser.step()
+    candidates.append(_expanded(log_s.exp(), posterior, share).detach())  # where the last step led to
+    values.append(_values(posterior, candidates[-1], n_steps, estimator, rng.clone_state()))
     means = torch.stack(values).mean(1)
     return StepSizeResult(candidates[int(means.argmin())], torch.stack(candidates), torch.stack(values))
 

@@ -36,6 +36,10 @@ class System(nn.Module):
         """Latents e [n, d] for images x [n, C, H, W]; mask as in `Posterior`."""
         raise NotImplementedError
 
+    def settings(self) -> dict[str, float]:
+        """Numbers that the system has chosen beside its weights, by name; they stand with its scores."""
+        return {}
+
     def decode(self, e: Tensor) -> Tensor:
         """The mean images g(e) [n, C, H, W] in [-1, 1] of latents e [n, d]."""
         with torch.no_grad():

@@ -62,6 +62,11 @@ class TrainingPlan:
         return self.learning_rates[min(t * len(self.learning_rates) // self.n_updates, len(self.learning_rates) - 1)]
 
 
+def resume_file(directory: Path | str) -> Path:
+    """What a training in `directory` goes on from."""
+    return Path(directory) / "training.safetensors"
+
+
 def snapshot_file(directory: Path | str, t: int) -> Path:
     """Where a training in `directory` keeps the system as it was after t updates."""
     return Path(directory) / f"snapshot-{t}.safetensors"
@@ -100,12 +105,8 @@ class TrainingLoop:
             self.system.parameters(), lr=self.plan.learning_rate(0), betas=self.plan.betas
         )
         self.order = torch.empty(0, dtype=torch.int64)
-        if self.directory is not None and self._file.exists():
+        if self.directory is not None and resume_file(self.directory).exists():
             self._restore()
-
-    @property
-    def _file(self) -> Path:
-        return Path(self.directory) / "training.safetensors"
 
     def __iter__(self) -> Iterator[Batch]:
         saved = time.monotonic()
@@ -150,9 +151,9 @@ class TrainingLoop:
             self.history.setdefault(name, []).append(float(value))
 
     def finish(self) -> History:
-        """The history; the file for resuming is not needed any more."""
+        """The history. The end of the training is kept for resuming too: whoever keeps the result removes `resume_file`."""
         if self.directory is not None:
-            self._file.unlink(missing_ok=True)
+            self._save()
         return self.history
 
     def _save(self) -> None:
@@ -160,13 +161,17 @@ class TrainingLoop:
         tensors = {f"system.{name}": value for name, value in self.system.state_dict().items()}
         tensors |= {f"adam.{i}.{name}": value for i, state in moments.items() for name, value in state.items()}
         tensors |= {"rng": self.rng.get_state(), "order": self.order}
-        checkpoints.save(self._file, tensors, {"plan": asdict(self.plan), "t": self.t, "history": self.history})
+        checkpoints.save(
+            resume_file(self.directory), tensors, {"plan": asdict(self.plan), "t": self.t, "history": self.history}
+        )
 
     def _restore(self) -> None:
-        tensors, saved = checkpoints.load(self._file)
+        tensors, saved = checkpoints.load(resume_file(self.directory))
         plan = {key: list(v) if isinstance(v, tuple) else v for key, v in asdict(self.plan).items()}
         if saved["plan"] != plan:
-            raise checkpoints.CheckpointError(f"{self._file} belongs to another training plan; remove it to start anew")
+            raise checkpoints.CheckpointError(
+                f"{resume_file(self.directory)} belongs to another training plan; remove it to start anew"
+            )
         self.system.load_state_dict(
             {k.removeprefix("system."): v for k, v in tensors.items() if k.startswith("system.")}
         )

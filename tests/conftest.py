@@ -1,9 +1,12 @@
 """What all tests share: one thread, and the models whose answers are known."""
 
+from contextlib import contextmanager
+
 import pytest
 import torch
 
 import srlib
+from srlib import training
 
 # One thread per process: results do not depend on the machine, and pytest-xdist uses the cores.
 torch.set_num_threads(1)
@@ -72,6 +75,34 @@ class Wave(srlib.Generator):
 
     def forward(self, e):
         return torch.sin(self.rate * e)[:, :, None, None]
+
+
+class Killed(Exception):
+    pass
+
+
+@pytest.fixture
+def killed_at(monkeypatch):
+    """with killed_at(t): a training in it, which saves after every update, is stopped before update t."""
+    monkeypatch.setattr(training, "SECONDS_BETWEEN_SAVES", -1.0)
+    update = training.TrainingLoop.update
+
+    @contextmanager
+    def kill(t):
+        def killing_update(loop, loss, **monitored):
+            if loop.t == t:
+                raise Killed
+            update(loop, loss, **monitored)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(training.TrainingLoop, "update", killing_update)
+            try:
+                yield
+            except Killed:
+                return
+        pytest.fail(f"the training never came to update {t}")
+
+    return kill
 
 
 @pytest.fixture

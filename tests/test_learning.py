@@ -6,7 +6,6 @@ import pytest
 import torch
 
 import srlib
-from srlib import training
 from srlib.checkpoints import CheckpointError
 from srlib.training import TrainingLoop
 
@@ -104,36 +103,32 @@ def test_learning_rates_are_used_in_equal_parts():
     ]  # fmt: skip
 
 
-class Killed(Exception):
-    pass
-
-
-@pytest.mark.parametrize("killed_at", [1, 2, 7, 11])
-def test_a_killed_run_resumes_with_the_same_bits(new_system, images, tmp_path, monkeypatch, killed_at):
+@pytest.mark.parametrize("t", [1, 2, 7, 11])
+def test_a_killed_run_resumes_with_the_same_bits(new_system, images, tmp_path, killed_at, t):
     whole, resumed = new_system(), new_system()
     history = fit(whole, images)
-
-    monkeypatch.setattr(training, "SECONDS_BETWEEN_SAVES", -1.0)
-    update = TrainingLoop.update
-
-    def killing_update(loop, loss, **monitored):
-        if loop.t == killed_at:
-            raise Killed
-        update(loop, loss, **monitored)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(TrainingLoop, "update", killing_update)
-        with pytest.raises(Killed):
-            fit(resumed, images, directory=tmp_path)
+    with killed_at(t):
+        fit(resumed, images, directory=tmp_path)
     fresh = new_system(seed=99)
     assert fit(fresh, images, directory=tmp_path, seed=99) == history
     assert all(torch.equal(a, b) for a, b in zip(whole.state_dict().values(), fresh.state_dict().values()))
-    assert not list(tmp_path.iterdir())
 
 
-def test_a_checkpoint_of_another_plan_is_refused(new_system, images, tmp_path, monkeypatch):
-    monkeypatch.setattr(training, "SECONDS_BETWEEN_SAVES", -1.0)
-    monkeypatch.setattr(TrainingLoop, "finish", lambda loop: loop.history)
+def test_a_run_killed_after_its_last_update_repeats_none(new_system, images, tmp_path, monkeypatch):
+    whole = new_system()
+    history = fit(whole, images, directory=tmp_path)
+    monkeypatch.setattr(TrainingLoop, "update", None)  # calling it would be an error
+    again = new_system(seed=99)
+    assert fit(again, images, directory=tmp_path, seed=99) == history
+    assert all(torch.equal(a, b) for a, b in zip(whole.state_dict().values(), again.state_dict().values()))
+
+
+def test_batches_of_one_image_are_refused(new_system, images):
+    with pytest.raises(ValueError, match="batches of 1 image"):
+        fit(new_system(), images[:1])
+
+
+def test_a_checkpoint_of_another_plan_is_refused(new_system, images, tmp_path):
     fit(new_system(), images, n_updates=2, directory=tmp_path)
     with pytest.raises(CheckpointError, match="another training plan"):
         fit(new_system(), images, n_updates=3, directory=tmp_path)

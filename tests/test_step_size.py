@@ -6,9 +6,8 @@ import pytest
 import torch
 
 import srlib
-from srlib import step_size, training
+from srlib import step_size
 from srlib.brute_force import regular_axes, short_run_density
-from srlib.training import TrainingLoop
 
 
 class Saturating(srlib.LinearGenerator):
@@ -399,26 +398,12 @@ def test_a_training_that_chooses_s_repeats_itself(images, search):
     assert all(torch.equal(v, w) for v, w in zip(first.state_dict().values(), second.state_dict().values()))
 
 
-class Killed(Exception):
-    pass
-
-
-@pytest.mark.parametrize("killed_at", [2, 3, 5])
+@pytest.mark.parametrize("t", [2, 3, 5])
 @pytest.mark.parametrize("search", SEARCHES, ids=["grid", "descent"])
-def test_a_killed_training_that_chooses_s_resumes_with_the_same_bits(images, tmp_path, monkeypatch, search, killed_at):
+def test_a_killed_training_that_chooses_s_resumes_with_the_same_bits(images, tmp_path, killed_at, search, t):
     whole, history = fit(images, search)
-    monkeypatch.setattr(training, "SECONDS_BETWEEN_SAVES", -1.0)
-    update = TrainingLoop.update
-
-    def killing_update(loop, loss, **monitored):
-        if loop.t == killed_at:
-            raise Killed
-        update(loop, loss, **monitored)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(TrainingLoop, "update", killing_update)
-        with pytest.raises(Killed):
-            fit(images, search, directory=tmp_path)
+    with killed_at(t):
+        fit(images, search, directory=tmp_path)
     resumed, continued = fit(images, search, seed=0, directory=tmp_path)
     for name in history.keys() - {"search_seconds"}:
         assert continued[name] == history[name]

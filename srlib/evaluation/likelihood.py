@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from ..generators import Generator, randn_like
+from ..langevin import check_whole
 from ..posterior import Posterior
 from ..samplers import State, evaluate, hmc_step, uniform_like
 
@@ -97,7 +98,7 @@ def annealed_importance_sampling(
 
     Raises ValueError for arguments that do not fit.
     """
-    _check_at_least("n_chains", n_chains, 2)
+    check_whole("n_chains", n_chains, 2)
     if annealing is None:
         annealing = tune_annealing(posterior, n_temperatures, rng, n_leapfrog)
     copies = _copies(posterior, n_chains)
@@ -123,7 +124,7 @@ def reverse_annealed_importance_sampling(
     All C chains of an image start at its one exact draw. That keeps the bound, but `standard_error` is then given that
     draw: only averages over images have an error that spread over the images shows.
     """
-    _check_at_least("n_chains", n_chains, 2)
+    check_whole("n_chains", n_chains, 2)
     start = posterior.validated(exact_sample).detach().repeat_interleave(n_chains, 0)
     copies = _copies(posterior, n_chains)
     state = evaluate(copies, start)
@@ -183,8 +184,8 @@ def tune_annealing(
     weights smallest. The T temperatures lie evenly along that length (Gelman and Meng 1998). The step size of each image
     follows its acceptance; between the pilot's temperatures it is interpolated.
     """
-    _check_at_least("n_temperatures", n_temperatures, 2)
-    _check_at_least("n_leapfrog", n_leapfrog, 1)
+    check_whole("n_temperatures", n_temperatures, 2)
+    check_whole("n_leapfrog", n_leapfrog, 1)
     copies = _copies(posterior, PILOT_CHAINS)
     state = evaluate(copies, copies.generator.sample_prior(len(copies), rng))
     # at beta = 0 the target is N(0, I): paths of 1 to 2, about a quarter of the period 2 pi, forget where they began
@@ -250,8 +251,3 @@ def _estimate(log_weights: Tensor, acceptance: list[Tensor]) -> LikelihoodEstima
         torch.stack(acceptance),
         log_weights,
     )
-
-
-def _check_at_least(name: str, value: int, least: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise ValueError(f"{name}={value} must be a whole number, at least {least}")
