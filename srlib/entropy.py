@@ -296,7 +296,8 @@ def low_rank_log_abs_det(
     det M = det(Q'MQ) det(S), S the Schur complement of Q'MQ. Q is found by subspace iteration along the chain, where
     each step starts from the last one's basis. log|det S| is estimated from random unit vectors u orthogonal to Q,
     (d - rank) u' log|S| u, by Gauss quadrature with `n_lanczos` Lanczos steps each (Ubaru, Chen & Saad 2017): almost without
-    variance, since S is almost a multiple of the identity.
+    variance, since S is almost a multiple of the identity. Where more than `rank` directions are stiff it is not, and both the
+    value and its stated error are unreliable (benchmarks/log_determinants.py measures this on trained generators).
 
     rank : directions in Q, at most d - 1.    n_probes : random vectors u, at least 2, which give the standard error.
     """
