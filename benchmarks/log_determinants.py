@@ -22,7 +22,7 @@ from pathlib import Path
 import torch
 
 import srlib
-from srlib import entropy
+from srlib import log_determinants
 from srlib.checkpoints import load as load_tensors
 from srlib.generators import randn_like
 from srlib.training import snapshot_file
@@ -168,9 +168,9 @@ def quadrature(posterior, chain, n_products, rng, n_lanczos=13):
         u = randn_like(total.new_empty(n, d, n_probes), rng)
 
         def multiply(v, e=e):
-            return v + STEP_SIZE * entropy._hessian_times(posterior, e, v)
+            return v + STEP_SIZE * log_determinants._hessian_times(posterior, e, v)
 
-        total += d * entropy._log_quadrature(multiply, u / u.norm(dim=1, keepdim=True), n_lanczos).mean(-1)
+        total += d * log_determinants._log_quadrature(multiply, u / u.norm(dim=1, keepdim=True), n_lanczos).mean(-1)
     return total
 
 

@@ -7,7 +7,6 @@ implements.
 
 from .closed_form import ClosedForm
 from .data import Dataset, DatasetUnavailable, load, to_uint8, to_unit_range
-from .entropy import LowRankLogDet, log_abs_det_jacobian, low_rank_log_abs_det
 from .generators import Generator, LinearGenerator, TopDownGenerator
 from .langevin import (
     Chain,
@@ -18,6 +17,7 @@ from .langevin import (
     step_size_from_noise_scale,
 )
 from .learning import ShortRun
+from .log_determinants import LowRankLogDet, log_abs_det_jacobian, low_rank_log_abs_det
 from .posterior import Posterior
 from .step_size import (
     StepSizeResult,
