@@ -56,6 +56,17 @@ SVHN_TERMS: dict[str, Any] = {"license": "non-commercial use only", "redistribut
 CELEBA_TERMS: dict[str, Any] = {"license": "non-commercial research only", "redistributable": False}
 
 
+IMAGE_SHAPES: dict[str, tuple[int, int, int]] = {
+    "digits": (1, 28, 28),
+    "colour_digits": (3, 28, 28),
+    "mnist": (1, 28, 28),
+    "colour_mnist": (3, 28, 28),
+    "svhn": (3, 32, 32),
+    "celeba32": (3, 32, 32),
+    "celeba64": (3, 64, 64),
+}
+
+
 class DatasetUnavailable(RuntimeError):
     """The images are not on this machine; the message says how to get them."""
 
@@ -135,11 +146,7 @@ def load(name: str, root: Path | str | None = None, download: bool = False) -> D
     Raises ValueError for an unknown name, `DatasetUnavailable` if the images are not on this machine, `DataError` if a
     file is damaged.
     """
-    if name not in LOADERS:
-        near = difflib.get_close_matches(str(name), LOADERS, 1)
-        hint = f"did you mean {near[0]!r}? " if near else ""
-        raise ValueError(f"unknown dataset {name!r}; {hint}there are: {', '.join(LOADERS)}")
-    if name in EMBEDDED:
+    if checked_name(name) in EMBEDDED:
         return LOADERS[name](Path())
     root = root or os.environ.get("SRLIB_DATA")
     if not root:
@@ -149,6 +156,15 @@ def load(name: str, root: Path | str | None = None, download: bool = False) -> D
     if download:
         _download(name, Path(root))
     return LOADERS[name](Path(root))
+
+
+def checked_name(name: str) -> str:
+    """`name` itself, if it is one of `IMAGE_SHAPES`; a ValueError with the nearest one otherwise."""
+    if name not in IMAGE_SHAPES:
+        near = difflib.get_close_matches(str(name), IMAGE_SHAPES, 1)
+        hint = f"did you mean {near[0]!r}? " if near else ""
+        raise ValueError(f"unknown dataset {name!r}; {hint}there are: {', '.join(IMAGE_SHAPES)}")
+    return name
 
 
 def _digits(root: Path) -> Dataset:

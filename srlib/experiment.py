@@ -11,9 +11,10 @@ from __future__ import annotations
 import argparse
 import difflib
 import importlib
+import re
 import time
 from collections.abc import Mapping
-from dataclasses import MISSING, asdict, dataclass, fields
+from dataclasses import MISSING, asdict, dataclass, field, fields
 from pathlib import Path
 from types import ModuleType
 from typing import Any, Literal, get_args
@@ -22,7 +23,7 @@ import torch
 import yaml
 
 from . import checkpoints, provenance
-from .data import Dataset, Split, load, to_unit_range
+from .data import IMAGE_SHAPES, Dataset, Split, checked_name, load, to_unit_range
 from .evaluation.reconstruction import recognised, reconstructions, squared_error
 from .system import System
 from .training import TrainingPlan, resume_file, snapshot_file
@@ -55,6 +56,8 @@ class Config:
 
     step_size_search, estimator, every, search_images : line 5 of Algorithm 1, see `StepSizeSearch`; "none" keeps s.
     snapshots : numbers of updates after which the system is saved too (`load_run(..., snapshot=t)`).
+    options : what only this system has, by name; the module of the system says which (the short run system has none).
+    name : of the run, and of its directory in a matrix of runs.
     """
 
     name: str
@@ -78,6 +81,7 @@ class Config:
     every: int = 50
     search_images: int = 4
     snapshots: tuple[int, ...] = ()
+    options: dict[str, Any] = field(default_factory=dict)
     evaluation_split: EvaluationSplit = "test"
     device: str = "auto"
 
@@ -90,8 +94,14 @@ class Config:
             raise ValueError(f"seed={self.seed!r} must be a whole number from 0 to 2^32 - 1")
         if self.step_size_search not in get_args(Search):
             raise ValueError(f"step_size_search={self.step_size_search!r} must be one of {get_args(Search)}")
-        self._module().builder(self)
+        if not re.fullmatch(r"\w[\w.+-]*", self.name, re.ASCII):
+            raise ValueError(
+                f"name={self.name!r} must consist of letters, digits and . _ + - only: it names a directory"
+            )
+        self.torch_device()
         self.plan()
+        with torch.device("meta"):  # every check of the system's parts, without memory or arithmetic
+            self._module().builder(self)(IMAGE_SHAPES[checked_name(self.dataset)])
 
     @classmethod
     def from_dict(cls, given: Mapping[str, Any]) -> Config:
@@ -102,9 +112,8 @@ class Config:
                 near = difflib.get_close_matches(str(key), known, 1)
                 hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(known)}"
                 raise ValueError(f"unknown configuration entry {key!r}; {hint}")
-        missing = [name for name, f in known.items() if f.default is MISSING and name not in given]
-        if missing:
-            raise ValueError(f"the configuration lacks {', '.join(missing)}")
+        if "name" not in given:
+            raise ValueError("the configuration lacks a name")
         return cls(**{key: _converted(key, value, known[key].default) for key, value in given.items()})
 
     @classmethod
@@ -130,7 +139,10 @@ class Config:
     def torch_device(self) -> torch.device:
         if self.device == "auto":
             return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        return torch.device(self.device)
+        try:
+            return torch.device(self.device)
+        except RuntimeError:
+            raise ValueError(f"device={self.device!r} is unknown; there are: auto, cpu, cuda, cuda:1, ...") from None
 
     def _module(self) -> ModuleType:
         return importlib.import_module(SYSTEMS[self.system])
@@ -246,6 +258,10 @@ def _stream(seed: int, purpose: int) -> int:
 
 def _converted(key: str, value: Any, default: Any) -> Any:
     """value in the type of the entry's default. YAML reads 1e-3 as text and lists where tuples are meant."""
+    if key == "options":
+        if not isinstance(value, dict) or not all(isinstance(name, str) for name in value):
+            raise ValueError(f"options={value!r} must be a mapping of names to values")
+        return dict(value)
     kind = str if default is MISSING else type(default)
     item = kind if kind is not tuple else type(default[0]) if default else int
     try:

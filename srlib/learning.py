@@ -16,6 +16,7 @@ equation, in which the posterior stands in the place of q_s.
 
 from __future__ import annotations
 
+import math
 import time
 import warnings
 from collections.abc import Callable
@@ -25,7 +26,7 @@ import torch
 from torch import Tensor
 
 from .generators import Generator
-from .langevin import noise_scale_from_step_size, short_run
+from .langevin import check_whole, noise_scale_from_step_size, short_run
 from .posterior import Posterior
 from .step_size import StepSizeResult
 from .system import System
@@ -68,14 +69,14 @@ class ShortRun(System):
         self.sigma_start = sigma if sigma_start is None else sigma_start
         self.anneal_fraction = anneal_fraction
         self.update_step_size, self.every = update_step_size, every
-        if not 0 < sigma <= self.sigma_start:
+        check_whole("n_steps", n_steps)
+        check_whole("every", every)
+        if not 0 < sigma <= self.sigma_start < math.inf:
             raise ValueError(f"sigma={sigma} must be positive and not above sigma_start={sigma_start}")
         if not 0 <= anneal_fraction <= 1:
             raise ValueError(f"anneal_fraction={anneal_fraction} must lie in [0, 1]")
-        if every < 1:
-            raise ValueError(f"every={every}: the step size is updated every 1, 2, ... iterations")
-        if not step_size > 0:
-            raise ValueError(f"step_size={step_size} must be positive; a usual value is 1.25e-3")
+        if not 0 < step_size < math.inf:
+            raise ValueError(f"step_size={step_size} must be positive and finite; a usual value is 1.25e-3")
         self.register_buffer("step_size", torch.tensor(float(step_size)))
 
     def fit(

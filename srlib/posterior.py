@@ -77,6 +77,10 @@ class Posterior:
         mask = None if self.mask is None else self.mask.expand_as(self.x)[index]
         return Posterior(self.generator, self.x[index], self.sigma, mask)
 
+    def repeated(self, n_chains: int) -> Posterior:
+        """Each image `n_chains` times in a row, for as many independent chains: n * n_chains images."""
+        return self[torch.arange(len(self), device=self.x.device).repeat_interleave(n_chains)]
+
     @property
     def n_observed(self) -> Tensor | int:
         """D, the number of observed pixel values of each image: [n], or one number without a mask."""

@@ -15,9 +15,10 @@ if TYPE_CHECKING:
 
 def builder(config: Config) -> Callable[[tuple[int, int, int]], ShortRun]:
     """Image shape -> the untrained system. Raises ValueError for entries of `config` that do not fit this system."""
-    search = None
-    if config.step_size_search != "none":
-        search = StepSizeSearch(config.step_size_search, config.estimator, config.search_images)
+    if config.options:
+        raise ValueError(f"options={config.options}: the short run system has none, its entries stand by themselves")
+    method = "grid" if config.step_size_search == "none" else config.step_size_search
+    search = StepSizeSearch(method, config.estimator, config.search_images)  # its entries are checked in any case
 
     def build(image_shape: tuple[int, int, int]) -> ShortRun:
         return ShortRun(
@@ -27,7 +28,7 @@ def builder(config: Config) -> Callable[[tuple[int, int, int]], ShortRun]:
             config.sigma,
             config.sigma_start,
             config.anneal_fraction,
-            search,
+            None if config.step_size_search == "none" else search,
             config.every,
         )
 

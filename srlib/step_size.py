@@ -21,12 +21,16 @@ from torch import Tensor
 
 from . import entropy
 from .generators import randn_like
-from .langevin import Chain, DivergenceError, short_run
+from .langevin import Chain, DivergenceError, check_whole, short_run
 from .posterior import Posterior, frozen
 
 Share = Literal["all", "step", "layer", "example"]
-# A chain's part in a gradient is at most this many times that of the median chain.
-CLIP = 10.0
+# A chain's part in a gradient is at most this many times that of the median chain: far beyond what Gaussian tails make.
+CLIP = 100.0
+# Adam forgets soon: far from the optimum gradients are orders of magnitude larger than near it, and remembering them would
+# stop the descent half way.
+ADAM_BETAS = (0.5, 0.6)
+RandomNumbers = tuple[Tensor, Tensor]
 LogDensity = Callable[[Posterior, Chain], Tensor]
 ESTIMATORS = ("change_of_variables", "equation_17", "semi_implicit", "linear_noise", "path", "path_gaussian")
 
@@ -69,8 +73,8 @@ class StepSizeResult:
     step_size : the s with the lowest objective, ready for `short_run`: [] (share="all"), [K, 1, 1] ("step"), [d] ("layer": the
         same number for all latents of one layer) or [n, 1] ("example").
     candidates : what was tried, in order: the grid, or the iterates of the descent; [C, *step_size.shape].
-    values : log q_s(e_K) - log p(x, e_K) for each candidate and image: [C, n]; inf where a chain diverged, a step had no
-        inverse, or an entropy (in a descent, also its gradient) was not finite.
+    values : log q_s(e_K) - log p(x, e_K) for each candidate and image, its chains averaged: [C, n]; inf where a chain
+        diverged, a step had no inverse, or an entropy (in a descent, also its gradient) was not finite.
     """
 
     step_size: Tensor
@@ -121,11 +125,16 @@ def grid_search_step_size(
     estimator: str = "linear_noise",
     share: Literal["all", "example"] = "all",
     rng: torch.Generator | None = None,
+    n_chains: int = 1,
+    common: RandomNumbers | None = None,
 ) -> StepSizeResult:
     """The best of `candidates` for Eq. (20), each tried with the same e_0 and eps (section 5.5, Fig. 6a).
 
     candidates : step sizes, or schedules of one shape that broadcasts to [K, n, d].
     share : "all" takes one for all images; "example" the best for each image (numbers only).
+    n_chains : chains of each image that its objective is averaged over; "example" wants more than one.
+    common : e_0 [n * n_chains, d] and eps [K, n * n_chains, d] (see `moment_matched`), the chains of an image in a row;
+        None draws them from `rng`.
 
     Raises ValueError if no candidate gives a finite objective.
     """
@@ -133,6 +142,7 @@ def grid_search_step_size(
         raise ValueError(
             "candidates is empty; a usual grid is step_size_from_noise_scale(delta), delta = 0.01 ... 0.15"
         )
+    check_whole("n_chains", n_chains)
     rng = rng or torch.Generator().manual_seed(int(torch.randint(2**62, ())))
     device = posterior.x.device
     tried = torch.stack([torch.as_tensor(s, dtype=torch.float64, device=device) for s in candidates])
@@ -140,7 +150,9 @@ def grid_search_step_size(
         raise ValueError(
             f"share={share!r}: a grid of numbers is shared by 'all' or chosen by 'example', schedules by 'all'"
         )
-    values = torch.stack([_values(posterior, s, n_steps, estimator, rng.clone_state()) for s in tried])
+    chains = posterior.repeated(n_chains)
+    tries = [_values(chains, s, n_steps, estimator, rng.clone_state(), common) for s in tried]
+    values = torch.stack([_of_images(value, n_chains) for value in tries])
     if not values.mean(1).isfinite().any():
         raise ValueError(
             f"no candidate from {tried.min():.3g} to {tried.max():.3g} gives a finite objective; try smaller ones"
@@ -157,61 +169,102 @@ def descend_step_size(
     share: Share = "all",
     estimator: str = "linear_noise",
     n_iterations: int = 50,
-    learning_rate: float = 0.1,
+    learning_rate: float = 0.2,
     rng: torch.Generator | None = None,
+    n_chains: int = 1,
+    common: RandomNumbers | None = None,
 ) -> StepSizeResult:
     """Gradient descent on Eq. (20) over log s by Adam, through chain, determinants and all (section 5.5, Fig. 6b).
 
     initial : s to start from, a number or a tensor that broadcasts to the shape that `share` says.
     share : one s for "all", one per "step" (section 4.3 leaves it to future work), per "layer", or per "example".
-    n_iterations : steps of Adam; the result holds n_iterations + 1 iterates, `initial` the first.
+    n_iterations, learning_rate : steps of Adam, and its learning rate, which goes linearly to 0; the result holds
+        n_iterations + 1 iterates, `initial` the first.
+    n_chains : chains of each image that its objective is averaged over. A step size per "example" needs some dozens: with few
+        it fits their noise, and the KL it was meant to lower goes up.
+    common : e_0 and eps as in `grid_search_step_size`.
 
-    e_0 and eps are drawn once and kept, so the objective is a function of s and the best iterate is the answer. An iterate whose
+    e_0 and eps are the same for all iterates, so the objective is a function of s and the best iterate is the answer. An iterate whose
     chain diverges sends the descent back to the best one with half the learning rate.
 
     Raises ValueError for arguments that do not fit and for an `initial` where the chain diverges.
     """
     if n_iterations < 1 or not learning_rate > 0:
         raise ValueError(f"n_iterations={n_iterations} must be at least 1 and learning_rate={learning_rate} positive")
+    check_whole("n_chains", n_chains)
     rng = rng or torch.Generator().manual_seed(int(torch.randint(2**62, ())))
     log_s = _shared(posterior, initial, n_steps, share).log().requires_grad_()
-    optimiser = torch.optim.Adam([log_s], learning_rate)
+    optimiser = torch.optim.Adam([log_s], betas=ADAM_BETAS)
     candidates, values, best = [], [], log_s.detach().clone()
-    for _ in range(n_iterations):
+    chains = posterior.repeated(n_chains)
+
+    def of_chains(s: Tensor) -> Tensor:
+        return s.repeat_interleave(n_chains, 0) if share == "example" else s
+
+    for i in range(n_iterations):
         s = _expanded(log_s.exp(), posterior, share)
         candidates.append(s.detach())
-        value, gradient = _value_and_gradient(posterior, s, n_steps, estimator, rng.clone_state())
+        value, gradient = _value_and_gradient(chains, of_chains(s), n_steps, estimator, rng.clone_state(), common)
+        value = _of_images(value, n_chains)
         if not values and not value.isfinite().all():
             raise ValueError(f"the objective is not finite at initial={initial}; start from a smaller step size")
         values.append(value)
         if not gradient.isfinite().all():
             log_s.data.copy_(best)
             learning_rate /= 2
-            optimiser = torch.optim.Adam([log_s], learning_rate)
+            optimiser = torch.optim.Adam([log_s], betas=ADAM_BETAS)
             continue
         if value.mean() <= min(v.mean() for v in values):
             best = log_s.detach().clone()
-        (log_s.grad,) = torch.autograd.grad(s, log_s, gradient)
+        (log_s.grad,) = torch.autograd.grad(of_chains(s), log_s, gradient)
+        optimiser.param_groups[0]["lr"] = learning_rate * (1 - i / n_iterations)
         optimiser.step()
-    candidates.append(_expanded(log_s.exp(), posterior, share).detach())  # where the last step led to
-    values.append(_values(posterior, candidates[-1], n_steps, estimator, rng.clone_state()))
+    last = _expanded(log_s.exp(), posterior, share).detach()  # where the last step led to
+    candidates.append(last)
+    values.append(_of_images(_values(chains, of_chains(last), n_steps, estimator, rng.clone_state(), common), n_chains))
     means = torch.stack(values).mean(1)
     return StepSizeResult(candidates[int(means.argmin())], torch.stack(candidates), torch.stack(values))
 
 
+def moment_matched(n_chains: int, n_steps: int, latent_dim: int, rng: torch.Generator | None = None) -> RandomNumbers:
+    """Random numbers for n_chains chains of one image: e_0 [n, d] and eps [K, n, d], float64.
+
+    Each number is close to standard normal, but over the n chains all (K + 1) d of them have mean 0 and covariance I exactly.
+    The mean of a quadratic function over the chains is then exact, so for a linear generator the objective is free
+    of Monte Carlo error at every step size.
+
+    Raises ValueError unless n_chains is even and at least 2 (K + 1) d.
+    """
+    n_numbers = (n_steps + 1) * latent_dim
+    if n_chains % 2 or n_chains < 2 * n_numbers:
+        raise ValueError(
+            f"n_chains={n_chains} must be even and at least 2 (n_steps + 1) latent_dim = {2 * n_numbers}, so that mean and "
+            "covariance can be matched"
+        )
+    half = torch.randn(n_chains // 2, n_numbers, generator=rng, dtype=torch.float64)
+    half = torch.linalg.qr(half)[0] * (n_chains / 2) ** 0.5  # orthogonal columns
+    numbers = torch.cat([half, -half]).unflatten(1, (n_steps + 1, latent_dim)).transpose(0, 1)
+    return numbers[0], numbers[1:]
+
+
 def _value_and_gradient(
-    posterior: Posterior, s: Tensor, n_steps: int, estimator: str, rng: torch.Generator
+    posterior: Posterior,
+    s: Tensor,
+    n_steps: int,
+    estimator: str,
+    rng: torch.Generator,
+    common: RandomNumbers | None = None,
 ) -> tuple[Tensor, Tensor]:
     """`kl_objective` [n] and the gradient of its mean with respect to s, each chain's part bounded; inf after divergence.
 
     Where steps overshoot the chain is chaotic, and its derivative grows with every step: single chains have derivatives
     millions of times those of the others, and tell nothing about the mean. A chain's part counts for at most
-    CLIP times the median part; where the dynamics is tame, that changes nothing.
+    CLIP times the median part; where the dynamics is tame, no part is that large.
     """
     shape = torch.broadcast_shapes(s.shape, (len(posterior), 1))
     own = s.detach().expand(shape).clone().requires_grad_()  # each image's own copy of s
     try:
-        value = kl_objective(posterior, own, n_steps, estimator, rng=rng)
+        value = kl_objective(posterior, own, n_steps, estimator, *(common or (None, None)), rng=rng)
         (parts,) = torch.autograd.grad(value.sum() / len(posterior), own)
     except (DivergenceError, entropy.NoInverseError):
         return _infinite(posterior), torch.full_like(s, math.inf)
@@ -259,13 +312,25 @@ class StepSizeSearch:
         return descend_step_size(few, current, n_steps, "all", self.estimator, n, rate, rng)
 
 
-def _values(posterior: Posterior, s: Tensor, n_steps: int, estimator: str, rng: torch.Generator) -> Tensor:
+def _values(
+    posterior: Posterior,
+    s: Tensor,
+    n_steps: int,
+    estimator: str,
+    rng: torch.Generator,
+    common: RandomNumbers | None = None,
+) -> Tensor:
     """`kl_objective`, with inf where there is no finite value."""
     try:
-        values = kl_objective(posterior, s, n_steps, estimator, rng=rng)
+        values = kl_objective(posterior, s, n_steps, estimator, *(common or (None, None)), rng=rng)
     except (DivergenceError, entropy.NoInverseError):
         return _infinite(posterior)
     return torch.where(values.isfinite(), values, math.inf)
+
+
+def _of_images(values: Tensor, n_chains: int) -> Tensor:
+    """The mean over the chains of each image, for values [n * n_chains] of a `repeated` posterior: [n]."""
+    return values.unflatten(0, (-1, n_chains)).mean(1)
 
 
 def _infinite(posterior: Posterior) -> Tensor:

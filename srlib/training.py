@@ -87,6 +87,9 @@ class TrainingLoop:
     rng : CPU generator for the order of the data; systems draw their noise from it too.
     directory : where `training.safetensors` is kept while training lasts; None keeps nothing.
     progress : show a bar with loss, step size and images per second.
+    optimizer_type : Adam, or Adamax.
+    own : tensors that belong to the training and not to the system, by name (chains or codes of the training images):
+        resuming brings them back in place.
     """
 
     system: System
@@ -95,13 +98,15 @@ class TrainingLoop:
     rng: torch.Generator
     directory: Path | None = None
     progress: bool = True
+    optimizer_type: type[torch.optim.Adam] | type[torch.optim.Adamax] = torch.optim.Adam
+    own: dict[str, Tensor] = field(default_factory=dict)
     history: History = field(default_factory=dict, init=False)
     t: int = field(default=0, init=False)
 
     def __post_init__(self) -> None:
         if len(self.images) < 1:
             raise ValueError("there are no training images")
-        self.optimizer = torch.optim.Adam(
+        self.optimizer = self.optimizer_type(
             self.system.parameters(), lr=self.plan.learning_rate(0), betas=self.plan.betas
         )
         self.order = torch.empty(0, dtype=torch.int64)
@@ -160,6 +165,7 @@ class TrainingLoop:
         moments = self.optimizer.state_dict()["state"]
         tensors = {f"system.{name}": value for name, value in self.system.state_dict().items()}
         tensors |= {f"adam.{i}.{name}": value for i, state in moments.items() for name, value in state.items()}
+        tensors |= {f"own.{name}": value for name, value in self.own.items()}
         tensors |= {"rng": self.rng.get_state(), "order": self.order}
         checkpoints.save(
             resume_file(self.directory), tensors, {"plan": asdict(self.plan), "t": self.t, "history": self.history}
@@ -181,5 +187,7 @@ class TrainingLoop:
                 _, i, name = key.split(".")
                 moments.setdefault(int(i), {})[name] = value
         self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": moments})
+        for name, value in self.own.items():
+            value.copy_(tensors[f"own.{name}"])
         self.rng.set_state(tensors["rng"])
         self.order, self.t, self.history = tensors["order"], saved["t"], saved["history"]

@@ -140,7 +140,7 @@ def test_mistakes_in_a_configuration_are_named(change, message):
 
 
 def test_a_configuration_needs_a_name():
-    with pytest.raises(ValueError, match="lacks name"):
+    with pytest.raises(ValueError, match="lacks a name"):
         Config.from_dict({})
 
 

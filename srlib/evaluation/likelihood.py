@@ -101,7 +101,7 @@ def annealed_importance_sampling(
     check_whole("n_chains", n_chains, 2)
     if annealing is None:
         annealing = tune_annealing(posterior, n_temperatures, rng, n_leapfrog)
-    copies = _copies(posterior, n_chains)
+    copies = posterior.repeated(n_chains)
     state = evaluate(copies, copies.generator.sample_prior(len(copies), rng))
     beta, increments = annealing.beta.tolist(), annealing.beta.diff().tolist()
     log_weights, acceptance = increments[0] * state.log_likelihood, []
@@ -126,7 +126,7 @@ def reverse_annealed_importance_sampling(
     """
     check_whole("n_chains", n_chains, 2)
     start = posterior.validated(exact_sample).detach().repeat_interleave(n_chains, 0)
-    copies = _copies(posterior, n_chains)
+    copies = posterior.repeated(n_chains)
     state = evaluate(copies, start)
     beta, increments = annealing.beta.tolist(), annealing.beta.diff().tolist()
     log_weights, acceptance = increments[-1] * state.log_likelihood, []
@@ -186,7 +186,7 @@ def tune_annealing(
     """
     check_whole("n_temperatures", n_temperatures, 2)
     check_whole("n_leapfrog", n_leapfrog, 1)
-    copies = _copies(posterior, PILOT_CHAINS)
+    copies = posterior.repeated(PILOT_CHAINS)
     state = evaluate(copies, copies.generator.sample_prior(len(copies), rng))
     # at beta = 0 the target is N(0, I): paths of 1 to 2, about a quarter of the period 2 pi, forget where they began
     log_step = torch.full((len(posterior),), math.log(2.0 / n_leapfrog), dtype=torch.float64, device=state.e.device)
@@ -218,11 +218,6 @@ def _interpolated(position: Tensor, values: Tensor) -> Tensor:
     below = position.floor().long().clamp(max=len(values) - 2)
     fraction = (position - below)[:, None]
     return (1 - fraction) * values[below] + fraction * values[below + 1]
-
-
-def _copies(posterior: Posterior, n_chains: int) -> Posterior:
-    """Each image n_chains times in a row."""
-    return posterior[torch.arange(len(posterior), device=posterior.x.device).repeat_interleave(n_chains)]
 
 
 def _move(
