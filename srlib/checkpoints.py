@@ -15,6 +15,8 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import yaml
+
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -80,6 +82,22 @@ def load(path: str | os.PathLike[str], device: str = "cpu") -> tuple[dict[str, T
         raise CheckpointError(f"there is no checkpoint {path}") from None
     except (SafetensorError, OSError, json.JSONDecodeError) as error:
         raise CheckpointError(f"{path} is truncated or no checkpoint ({error}); delete it and run again") from error
+
+
+class _UniqueKeys(yaml.SafeLoader):
+    """A YAML loader that refuses a key given twice, of which it would silently take the last."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [key.value for key, _ in node.value if key.value != "<<"]  # before merged ones are added
+        twice = sorted({key for key in keys if keys.count(key) > 1})
+        if twice:
+            raise yaml.constructor.ConstructorError(None, None, f"{', '.join(twice)} given twice", node.start_mark)
+        return super().construct_mapping(node, deep)
+
+
+def read_yaml(path: str | os.PathLike[str]) -> Any:
+    """The content of a YAML file. Raises `yaml.YAMLError` where it is none, or gives a key twice."""
+    return yaml.load(Path(path).read_text(encoding="utf-8"), _UniqueKeys)  # a SafeLoader
 
 
 def checksum(payload: dict[str, Any]) -> str:

@@ -15,7 +15,7 @@ import math
 import torch
 from torch import Tensor
 
-from .generators import LinearGenerator
+from .generators import LinearGenerator, check_whole
 from .langevin import validated_step_size
 from .posterior import Posterior
 
@@ -46,6 +46,7 @@ class ClosedForm:
 
     def short_run_moments(self, step_size: float | Tensor, n_steps: int) -> tuple[Tensor, Tensor]:
         """Mean [n, d] and covariance [n, d, d] of q_s, the law of e_K under Eq. (10); step_size as in `short_run`."""
+        check_whole("n_steps", n_steps)
         n, d = self.shift.shape
         steps = validated_step_size(step_size, (n_steps, n, d), self.shift).expand(n_steps, n, d)
         eye = torch.eye(d, dtype=torch.float64, device=self.shift.device)

@@ -153,9 +153,10 @@ def load(name: str, root: Path | str | None = None, download: bool = False) -> D
         raise DatasetUnavailable(
             f"{name}: set SRLIB_DATA to a folder that holds it, or that srlib.load({name!r}, download=True) may fill"
         )
+    root = Path(root).expanduser()
     if download:
-        _download(name, Path(root))
-    return LOADERS[name](Path(root))
+        _download(name, root)
+    return LOADERS[name](root)
 
 
 def checked_name(name: str) -> str:
@@ -201,14 +202,14 @@ def _svhn(root: Path) -> Dataset:
     if (folder / "train_32x32.mat").exists():
         (images, labels), test = (_read_mat(folder / f"{part}_32x32.mat") for part in ("train", "test"))
         return Dataset("svhn", *_with_validation(images, labels, len(images) // 10), _all(*test), **SVHN_TERMS)
-    files = sorted((folder / "images").glob("*.png"))
+    files = _image_files("svhn", folder / "images", "*.png")
     images = _read_images(files, (32, 32), 32, lambda image: image)
     return Dataset("svhn", *(_select(i, images) for i in _blocks(len(images))), **SVHN_TERMS)
 
 
 def _celeba(root: Path, side: int) -> Dataset:
-    folder = _found("celeba", root, "celeba", ".", holding=("img_align_celeba",))
-    files = sorted((folder / "img_align_celeba").glob("*.jpg"))
+    folder = _found(f"celeba{side}", root, "celeba", ".", holding=("img_align_celeba",))
+    files = _image_files(f"celeba{side}", folder / "img_align_celeba", "*.jpg")
     parts = _celeba_parts(folder, [file.name for file in files])
     images = _celeba_images(files, side)
     return Dataset(f"celeba{side}", *(_select(i, images) for i in parts), **CELEBA_TERMS)
@@ -442,12 +443,17 @@ def _read_mat(path: Path) -> tuple[Tensor, Tensor]:
     return torch.from_numpy(np.ascontiguousarray(images)), torch.from_numpy(labels % 10)
 
 
+def _image_files(name: str, folder: Path, pattern: str) -> list[Path]:
+    files = sorted(folder.glob(pattern))
+    if not files:
+        raise DatasetUnavailable(f"{name}: the folder {folder} holds no {pattern} files")
+    return files
+
+
 def _read_images(files: list[Path], size: tuple[int, int], side: int, prepare: Callable[[Image], Image]) -> Tensor:
     """All image files, which must have `size` (width, height), as `prepare` reduces them: uint8 [n, 3, side, side]."""
     from PIL import Image
 
-    if not files:
-        raise DatasetUnavailable("the image folder holds no image files; see the layout in the docstring of srlib.data")
     images = torch.empty(len(files), 3, side, side, dtype=torch.uint8)
     for i, file in enumerate(tqdm(files, "reading images", delay=10, leave=False)):
         try:

@@ -25,6 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .generators import check_whole
 from .langevin import Chain, short_run
 from .posterior import PRODUCTS_AT_ONCE, Posterior, basis_vectors, frozen
 
@@ -65,8 +66,7 @@ def hessians(posterior: Posterior, states: Tensor, chunk_size: int | None = None
     n_steps, n, d = states.shape
     if chunk_size is None:
         chunk_size = max(1, PRODUCTS_AT_ONCE // d) if states.requires_grad else STATES_AT_ONCE
-    if chunk_size < 1:
-        raise ValueError(f"chunk_size={chunk_size}: Hessians are computed for at least 1 state at a time")
+    check_whole("chunk_size", chunk_size)
     image = torch.arange(n, device=states.device).repeat(n_steps)
     flat = zip(states.reshape(-1, d).split(chunk_size), image.split(chunk_size))
     found = [_Hessian.apply(e, posterior[index]) for e, index in flat]

@@ -23,10 +23,10 @@ import torch
 import yaml
 
 from . import checkpoints, provenance
-from .data import IMAGE_SHAPES, Dataset, Split, checked_name, load, to_unit_range
-from .evaluation.reconstruction import recognised, reconstructions, squared_error
+from .data import IMAGE_SHAPES, Dataset, DatasetUnavailable, Split, checked_name, load, to_unit_range
+from .evaluation.reconstruction import recogniser, reconstructions, squared_error
 from .system import System
-from .training import TrainingPlan, resume_file, snapshot_file
+from .training import TrainingPlan, resume_file, snapshot_file, training_seconds
 
 EvaluationSplit = Literal["test", "validation"]
 Search = Literal["none", "grid", "descent"]
@@ -120,7 +120,7 @@ class Config:
     def from_yaml(cls, path: Path | str) -> Config:
         """A configuration from a YAML file; errors name the file."""
         try:
-            given = yaml.safe_load(Path(path).read_text())
+            given = checkpoints.read_yaml(path)
             if not isinstance(given, dict):
                 raise ValueError("it must be a mapping of names to values")
             return cls.from_dict(given)
@@ -140,9 +140,12 @@ class Config:
         if self.device == "auto":
             return torch.device("cuda" if torch.cuda.is_available() else "cpu")
         try:
-            return torch.device(self.device)
+            device = torch.device(self.device)
         except RuntimeError:
             raise ValueError(f"device={self.device!r} is unknown; there are: auto, cpu, cuda, cuda:1, ...") from None
+        if device.type == "cuda" and not torch.cuda.is_available():
+            raise ValueError(f"device={self.device!r}: torch sees no GPU on this machine; use auto or cpu")
+        return device
 
     def _module(self) -> ModuleType:
         return importlib.import_module(SYSTEMS[self.system])
@@ -157,15 +160,13 @@ def run(config: Config, output: Path | str, progress: bool = True) -> dict[str, 
     output, started = Path(output), time.monotonic()
     dataset = load(config.dataset)
     system = config.build(dataset.image_shape).to(config.torch_device())
-    output.mkdir(parents=True, exist_ok=True)
     _claim(output, config)
     (output / "metrics.json").unlink(missing_ok=True)
 
     rng = torch.Generator().manual_seed(_stream(config.seed, 1))
     history = system.fit(dataset.train.images, config.plan(), rng, output, progress)
-    trained = time.monotonic()
     system.fit_aggregate(dataset.train.images[:5000], rng=rng)
-    checkpoints.write_json(output / "history.json", {"history": history})
+    checkpoints.write_json(output / "history.json", {"history": dict(sorted(history.items()))})
     checkpoints.save(output / "model.safetensors", system.state_dict(), {"config": asdict(config)})
 
     kept = (output / "model.safetensors", *(snapshot_file(output, t) for t in config.snapshots))
@@ -176,9 +177,9 @@ def run(config: Config, output: Path | str, progress: bool = True) -> dict[str, 
         "scores": evaluate(system, dataset, config.evaluation_split, config.seed),
         "data": {"name": dataset.name, "fingerprint": dataset.fingerprint, "n_train": len(dataset.train.images)},
         "seconds": {
-            "training": trained - started,
+            "training": training_seconds(output),
             "step_size_search": sum(history.get("search_seconds", [])),
-            "all": time.monotonic() - started,
+            "last_sitting": time.monotonic() - started,
         },
         "environment": provenance.environment(str(config.torch_device())),
         "files": {path.name: provenance.file_hash(path) for path in written},
@@ -204,9 +205,9 @@ def evaluate(system: System, dataset: Dataset, split: EvaluationSplit, seed: int
         **system.settings(),
     }
     if held_out.labels is not None:
-        train = to_unit_range(dataset.train.images), dataset.train.labels
-        scores["recognised_originals"] = recognised(*train, images, held_out.labels)[1]
-        scores["recognised_reconstructions"] = recognised(*train, reconstructed, held_out.labels)[1]
+        classify = recogniser(to_unit_range(dataset.train.images), dataset.train.labels)
+        for name, judged in (("originals", images), ("reconstructions", reconstructed)):
+            scores[f"recognised_{name}"] = (classify(judged) == held_out.labels).double().mean().item()
     return scores
 
 
@@ -241,8 +242,15 @@ def load_run(
 
 def _claim(output: Path, config: Config) -> None:
     """Write config.yaml, unless the directory belongs to a run with another configuration."""
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(
+            f"{output} cannot be made a run directory ({error.strerror}); choose another --output"
+        ) from error
     path, text = output / "config.yaml", yaml.safe_dump(_plain(asdict(config)), sort_keys=False)
-    if path.exists() and Config.from_yaml(path) != config:
+    begun = any((output / name).exists() for name in ("metrics.json", "model.safetensors", resume_file(output).name))
+    if begun and path.exists() and Config.from_yaml(path) != config:
         raise ValueError(f"{output} holds a run with another configuration; choose another --output or remove it")
     checkpoints.atomic_write(path, text.encode())
 
@@ -294,7 +302,7 @@ def main(arguments: list[str] | None = None) -> None:
     given = parser.parse_args(arguments)
     try:
         metrics = run(Config.from_yaml(given.config), given.output)
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, ArithmeticError, DatasetUnavailable) as error:
         parser.exit(2, f"{parser.prog}: {error}\n")
     print(yaml.safe_dump(metrics["scores"], sort_keys=False), end="")
 

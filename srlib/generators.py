@@ -26,6 +26,18 @@ def randn_like(tensor: Tensor, rng: torch.Generator | None = None) -> Tensor:
     return torch.randn(tensor.shape, generator=rng, device=device, dtype=tensor.dtype).to(tensor.device)
 
 
+def check_whole(name: str, value: int, least: int = 1) -> None:
+    """Raises ValueError unless `value` is a whole number of at least `least`."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise ValueError(f"{name}={value!r} must be a whole number, at least {least}")
+
+
+def check_positive(name: str, value: float) -> None:
+    """Raises ValueError unless `value` is a positive, finite number."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < math.inf:
+        raise ValueError(f"{name}={value!r} must be a positive, finite number")
+
+
 class Generator(nn.Module):
     """What every generator shares: the sizes of its latent layers and its images.
 
@@ -47,7 +59,7 @@ class Generator(nn.Module):
 
     def split(self, e: Tensor) -> tuple[Tensor, ...]:
         """The noises e [n, d] layer by layer, top first: a tuple of [n, d_l]. Works on anything that has d columns."""
-        if e.ndim < 1 or e.shape[-1] != self.latent_dim:
+        if e.ndim != 2 or e.shape[-1] != self.latent_dim:
             raise ValueError(
                 f"e has shape {tuple(e.shape)}, but latent_dims={self.latent_dims} needs [n, {self.latent_dim}]"
             )
@@ -59,8 +71,7 @@ class Generator(nn.Module):
 
     def sample_prior(self, n: int, rng: torch.Generator | None = None) -> Tensor:
         """n draws of e ~ N(0, I): [n, d], with the dtype and on the device of the parameters."""
-        if n < 1:
-            raise ValueError(f"n={n} prior samples asked for, at least 1 is needed")
+        check_whole("n", n)
         parameter = next(self.parameters())
         return randn_like(parameter.new_empty(n, self.latent_dim), rng)
 
@@ -137,6 +148,8 @@ class LinearGenerator(Generator):
             raise ValueError(
                 f"weight {tuple(weight.shape)} and bias {tuple(bias.shape)} do not fit: weight is [D, d] and bias [D]"
             )
+        if not weight.is_floating_point() or weight.dtype != bias.dtype:
+            raise ValueError(f"weight is {weight.dtype} and bias {bias.dtype}; give floats of one type")
         super().__init__((weight.shape[1],), image_shape or (weight.shape[0], 1, 1))
         if math.prod(self.image_shape) != weight.shape[0]:
             raise ValueError(f"image_shape={self.image_shape} does not hold D={weight.shape[0]} pixels")

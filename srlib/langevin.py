@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from .generators import randn_like
+from .generators import check_positive, check_whole, randn_like
 from .posterior import Posterior
 
 # A state whose root mean square is this many standard deviations of the prior has left every posterior worth the name.
@@ -24,7 +24,14 @@ DIVERGED_RMS = 1e3
 
 
 class DivergenceError(ArithmeticError):
-    """A chain left all bounds. The message names the step, the step size, and a smaller one to try."""
+    """A chain left all bounds. The message names the step, the step size, and a smaller one to try.
+
+    step_size : the s that was too large; nan where no step size would have helped.
+    """
+
+    def __init__(self, message: str, step_size: float = math.nan) -> None:
+        super().__init__(message)
+        self.step_size = step_size
 
 
 @dataclass(frozen=True)
@@ -94,8 +101,11 @@ def short_run(
     e = posterior.generator.sample_prior(len(posterior), rng) if initial is None else initial
     shape = (n_steps, *posterior.validated(e).shape)
     s = validated_step_size(step_size, shape, e)
-    if noise is not None and noise.shape != shape:
-        raise ValueError(f"noise has shape {tuple(noise.shape)}, this chain needs {shape}")
+    if noise is not None and (noise.shape != shape or noise.dtype != e.dtype):
+        raise ValueError(f"noise is {noise.dtype} {tuple(noise.shape)}, this chain needs {e.dtype} {shape}")
+    for name, given in (("initial", initial), ("noise", noise)):
+        if given is not None and not given.is_meta and not given.isfinite().all():
+            raise ValueError(f"{name} holds NaN or infinite numbers")
     rng_before_noise = None if deterministic or noise is not None else rng.clone_state()
 
     start, trajectory = e, [e]
@@ -110,6 +120,11 @@ def short_run(
         if keep_trajectory:
             trajectory.append(e)
     if not e.is_meta and bounded_steps < n_steps:
+        if not posterior.score(start).isfinite().all():
+            raise DivergenceError(
+                "the score is NaN or infinite where the chain starts: the generator's weights have left all bounds; train "
+                "with a smaller learning rate"
+            )
         raise _divergence(int(bounded_steps), s.expand(shape))
     kept = torch.stack(trajectory) if keep_trajectory else None
     return Chain(e, start, s, n_steps, kept, noise, rng_before_noise)
@@ -117,33 +132,28 @@ def short_run(
 
 def step_size_from_noise_scale(noise_scale: float) -> float:
     """s of Eq. (10) from the delta of the authors' script: s = delta^2 / 2, so 0.05 gives 0.00125."""
-    if not 0 < noise_scale < math.inf:
-        raise ValueError(f"noise_scale={noise_scale} must be positive and finite")
+    check_positive("noise_scale", noise_scale)
     return noise_scale**2 / 2
 
 
 def noise_scale_from_step_size(step_size: float) -> float:
     """delta = sqrt(2 s), the inverse of `step_size_from_noise_scale`."""
-    if not 0 < step_size < math.inf:
-        raise ValueError(f"step_size={step_size} must be positive and finite")
+    check_positive("step_size", step_size)
     return math.sqrt(2 * step_size)
 
 
 def geometric_step_sizes(first: float, last: float, n_steps: int) -> Tensor:
     """A schedule s_0 = first, ..., s_{K-1} = last with a constant ratio: [K, 1, 1], float64, ready for `short_run`."""
-    if not (0 < first < math.inf and 0 < last < math.inf) or n_steps < 1:
-        raise ValueError(f"first={first}, last={last} must be positive and finite, n_steps={n_steps} at least 1")
+    check_positive("first", first)
+    check_positive("last", last)
+    check_whole("n_steps", n_steps)
     return torch.logspace(math.log10(first), math.log10(last), n_steps, dtype=torch.float64)[:, None, None]
-
-
-def check_whole(name: str, value: int, least: int = 1) -> None:
-    """Raises ValueError unless `value` is a whole number of at least `least`."""
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise ValueError(f"{name}={value!r} must be a whole number, at least {least}")
 
 
 def validated_step_size(step_size: float | Tensor, shape: tuple[int, ...], e: Tensor) -> Tensor:
     """step_size as a tensor like e, if it is positive and broadcasts to shape [K, n, d]; a ValueError otherwise."""
+    if isinstance(step_size, bool) or not isinstance(step_size, (int, float, Tensor)):
+        raise ValueError(f"step_size={step_size!r} must be a number or a tensor; a usual value is 1.25e-3")
     s = torch.as_tensor(step_size, dtype=e.dtype, device=e.device)
     try:
         fits = torch.broadcast_shapes(s.shape, shape) == shape
@@ -162,6 +172,7 @@ def validated_step_size(step_size: float | Tensor, shape: tuple[int, ...], e: Te
 def _divergence(step: int, step_sizes: Tensor) -> DivergenceError:
     s = step_sizes[step].max().item()
     return DivergenceError(
-        f"the chain diverged at step {step} of {len(step_sizes)} with step size {s:.3g} (noise scale "
-        f"{math.sqrt(2 * s):.3g}); try {s / 10:.1g}. The s of Eq. (10) is the square of the authors' step size over 2."
+        f"the chain diverged at step k = {step} of K = {len(step_sizes)} with step size {s:.3g} (noise scale "
+        f"{math.sqrt(2 * s):.3g}); try {s / 10:.1g}. The s of Eq. (10) is the square of the authors' step size over 2.",
+        s,
     )

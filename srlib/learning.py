@@ -16,7 +16,6 @@ equation, in which the posterior stands in the place of q_s.
 
 from __future__ import annotations
 
-import math
 import time
 import warnings
 from collections.abc import Callable
@@ -25,8 +24,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from .generators import Generator
-from .langevin import check_whole, noise_scale_from_step_size, short_run
+from .generators import Generator, check_positive, check_whole
+from .langevin import DivergenceError, noise_scale_from_step_size, short_run
 from .posterior import Posterior
 from .step_size import StepSizeResult
 from .system import System
@@ -71,12 +70,15 @@ class ShortRun(System):
         self.update_step_size, self.every = update_step_size, every
         check_whole("n_steps", n_steps)
         check_whole("every", every)
-        if not 0 < sigma <= self.sigma_start < math.inf:
-            raise ValueError(f"sigma={sigma} must be positive and not above sigma_start={sigma_start}")
+        check_positive("sigma", sigma)
+        check_positive("sigma_start", self.sigma_start)
+        if sigma > self.sigma_start:
+            raise ValueError(f"sigma={sigma} must not be above sigma_start={self.sigma_start}")
         if not 0 <= anneal_fraction <= 1:
             raise ValueError(f"anneal_fraction={anneal_fraction} must lie in [0, 1]")
-        if not 0 < step_size < math.inf:
-            raise ValueError(f"step_size={step_size} must be positive and finite; a usual value is 1.25e-3")
+        check_positive("step_size", step_size)
+        if update_step_size is not None and not callable(update_step_size):
+            raise ValueError(f"update_step_size={update_step_size!r} must be callable, such as a StepSizeSearch")
         self.register_buffer("step_size", torch.tensor(float(step_size)))
 
     def fit(
@@ -104,10 +106,10 @@ class ShortRun(System):
             s = self.step_size * (sigma / self.sigma) ** 2
             posterior = Posterior(self.generator, x, sigma)
             initial = self.generator.sample_prior(len(x), rng)  # 2. draw latents from the prior
-            inferred = short_run(posterior, self.n_steps, s, initial, rng=rng).final  # 3. K steps of Eq. (10)
+            inferred = self._run(posterior, s, initial, rng, t)  # 3. K steps of Eq. (10)
             residual = posterior.residual(inferred)
             loss = -posterior.log_joint(inferred, residual).mean()  # 4. update theta by Eq. (21)
-            spread = (x - residual).detach().std(0).mean() / x.std(0).mean()
+            spread = (x - residual).detach().std(0).mean() / x.std(0).mean().clamp_min(torch.finfo(x.dtype).eps)
             loop.update(loss, step_size=s, sigma=sigma, mse=residual.detach().square().mean(), spread=spread)
             if self.update_step_size is not None and (t + 1) % self.every == 0:  # 5. update s by Eq. (20)
                 self._choose_step_size(posterior, s, loop, rng)
@@ -120,6 +122,20 @@ class ShortRun(System):
     def settings(self) -> dict[str, float]:
         s = self.step_size.item()
         return {"step_size": s, "noise_scale": noise_scale_from_step_size(s)}
+
+    def _run(self, posterior: Posterior, s: Tensor, initial: Tensor, rng: torch.Generator, t: int) -> Tensor:
+        """e_K of the chains, and a divergence in terms of the step size that was asked for: that at the final sigma."""
+        try:
+            return short_run(posterior, self.n_steps, s, initial, rng=rng).final
+        except DivergenceError as error:
+            asked = float(self.step_size)
+            if not error.step_size > 0:
+                raise DivergenceError(f"update {t}: {error}") from error
+            raise DivergenceError(
+                f"update {t}: the chains diverged with step_size={asked:.3g} (which is s = {float(s):.3g} at sigma = "
+                f"{posterior.sigma:.3g}, since s follows sigma^2); try step_size={asked / 10:.1g}",
+                asked,
+            ) from error
 
     def _choose_step_size(self, posterior: Posterior, s: Tensor, loop: TrainingLoop, rng: torch.Generator) -> None:
         started = time.perf_counter()

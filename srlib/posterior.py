@@ -16,7 +16,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from .generators import Generator
+from .generators import Generator, check_positive, check_whole
 
 # Hessian-vector products at once. More does not make a CPU faster, and each holds one image's activations.
 PRODUCTS_AT_ONCE = 1024
@@ -60,8 +60,10 @@ class Posterior:
             )
         if not x.is_floating_point():
             raise ValueError(f"x has dtype {x.dtype}; scale it to [-1, 1] as floats (srlib.to_unit_range does)")
-        if not 0 < sigma < math.inf:
-            raise ValueError(f"sigma={sigma} must be positive and finite")
+        dtype = next(generator.parameters()).dtype
+        if x.dtype != dtype:
+            raise ValueError(f"x has dtype {x.dtype}, the generator computes in {dtype}; convert one of them")
+        check_positive("sigma", sigma)
         self.generator = generator
         self.sigma = float(sigma)
         self.mask = None if mask is None else _checked_mask(mask, x)
@@ -110,6 +112,10 @@ class Posterior:
         create_graph : keep the graph, so that the score can be differentiated again with respect to e.
         chunk_size : work on that many images at a time; bounds the memory, changes nothing else.
         """
+        if chunk_size is not None:
+            check_whole("chunk_size", chunk_size)
+        if torch.is_inference_mode_enabled():
+            raise ValueError("scores need gradients, which torch.inference_mode forbids; use torch.no_grad")
         if chunk_size is not None and chunk_size < len(self):
             cuts = [slice(i, i + chunk_size) for i in range(0, len(self), chunk_size)]
             return torch.cat([self[cut].score(self.validated(e)[cut], create_graph) for cut in cuts])
@@ -150,11 +156,15 @@ class Posterior:
             raise ValueError(
                 f"e has shape {tuple(e.shape)}, these {len(self)} images need [{len(self)}, {self.generator.latent_dim}]"
             )
+        if e.dtype != self.x.dtype:
+            raise ValueError(f"e has dtype {e.dtype}, the generator computes in {self.x.dtype}; convert it")
         return e
 
 
 def _checked_mask(mask: Tensor, x: Tensor) -> Tensor:
-    mask = torch.as_tensor(mask, device=x.device).to(x.dtype)  # masks of booleans and of whole numbers too
+    if not isinstance(mask, Tensor):
+        raise ValueError(f"mask={mask!r} must be a tensor that broadcasts to x {tuple(x.shape)}")
+    mask = mask.to(x.device, x.dtype)  # masks of booleans and of whole numbers too
     try:
         fits = torch.broadcast_shapes(mask.shape, x.shape) == x.shape
     except RuntimeError:

@@ -18,8 +18,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .generators import randn_like
-from .langevin import check_whole, validated_step_size
+from .generators import check_whole, randn_like
+from .langevin import validated_step_size
 from .posterior import Posterior, frozen
 
 

@@ -20,8 +20,8 @@ import torch
 from torch import Tensor
 
 from . import entropy
-from .generators import randn_like
-from .langevin import Chain, DivergenceError, check_whole, short_run
+from .generators import check_positive, check_whole, randn_like
+from .langevin import Chain, DivergenceError, short_run
 from .posterior import Posterior, frozen
 
 Share = Literal["all", "step", "layer", "example"]
@@ -30,6 +30,8 @@ CLIP = 100.0
 # Adam forgets soon: far from the optimum gradients are orders of magnitude larger than near it, and remembering them would
 # stop the descent half way.
 ADAM_BETAS = (0.5, 0.6)
+# A descent whose learning rate is absurd must find its way back from here, and float32 must hold the step size.
+LOG_STEP_SIZES = (-50.0, 50.0)
 RandomNumbers = tuple[Tensor, Tensor]
 LogDensity = Callable[[Posterior, Chain], Tensor]
 ESTIMATORS = ("change_of_variables", "equation_17", "semi_implicit", "linear_noise", "path", "path_gaussian")
@@ -189,8 +191,8 @@ def descend_step_size(
 
     Raises ValueError for arguments that do not fit and for an `initial` where the chain diverges.
     """
-    if n_iterations < 1 or not learning_rate > 0:
-        raise ValueError(f"n_iterations={n_iterations} must be at least 1 and learning_rate={learning_rate} positive")
+    check_whole("n_iterations", n_iterations)
+    check_positive("learning_rate", learning_rate)
     check_whole("n_chains", n_chains)
     rng = rng or torch.Generator().manual_seed(int(torch.randint(2**62, ())))
     log_s = _shared(posterior, initial, n_steps, share).log().requires_grad_()
@@ -202,7 +204,7 @@ def descend_step_size(
         return s.repeat_interleave(n_chains, 0) if share == "example" else s
 
     for i in range(n_iterations):
-        s = _expanded(log_s.exp(), posterior, share)
+        s = _expanded(log_s.clamp(*LOG_STEP_SIZES).exp(), posterior, share)
         candidates.append(s.detach())
         value, gradient = _value_and_gradient(chains, of_chains(s), n_steps, estimator, rng.clone_state(), common)
         value = _of_images(value, n_chains)
@@ -219,7 +221,7 @@ def descend_step_size(
         (log_s.grad,) = torch.autograd.grad(of_chains(s), log_s, gradient)
         optimiser.param_groups[0]["lr"] = learning_rate * (1 - i / n_iterations)
         optimiser.step()
-    last = _expanded(log_s.exp(), posterior, share).detach()  # where the last step led to
+    last = _expanded(log_s.clamp(*LOG_STEP_SIZES).exp(), posterior, share).detach()  # where the last step led to
     candidates.append(last)
     values.append(_of_images(_values(chains, of_chains(last), n_steps, estimator, rng.clone_state(), common), n_chains))
     means = torch.stack(values).mean(1)
@@ -296,10 +298,13 @@ class StepSizeSearch:
         if self.method not in ("grid", "descent"):
             raise ValueError(f"method={self.method!r} is unknown; there are: grid, descent")
         _checked_estimator(self.estimator)
-        if self.n_images < 2:
-            raise ValueError(f"n_images={self.n_images}: at least 2 are needed for a standard error")
-        if not self.factors or min(self.factors) <= 0:
-            raise ValueError(f"factors={self.factors} must be positive numbers")
+        check_whole("n_images", self.n_images, 2)  # two give a standard error
+        check_whole("n_iterations", self.n_iterations)
+        check_positive("learning_rate", self.learning_rate)
+        if not isinstance(self.factors, (tuple, list)) or not self.factors:
+            raise ValueError(f"factors={self.factors!r} must be a tuple of positive numbers")
+        for factor in self.factors:
+            check_positive("factors", factor)
 
     def __call__(self, posterior: Posterior, step_size: Tensor, n_steps: int, rng: torch.Generator) -> StepSizeResult:
         """The updated s for the posterior's sigma, from `step_size` (a number), with random numbers from `rng`."""
@@ -341,8 +346,7 @@ def _log_density(estimator: str, chain: Chain, n_noise: int, rng: torch.Generato
     function = getattr(entropy, _checked_estimator(estimator))
     if estimator not in ("equation_17", "semi_implicit"):
         return function
-    if n_noise < 1:
-        raise ValueError(f"n_noise={n_noise}: {estimator} averages over at least 1 further draw of the noise")
+    check_whole("n_noise", n_noise)
     draw = chain.initial.new_empty(n_noise, chain.n_steps, *chain.initial.shape)
     return partial(function, noises=randn_like(draw, rng))
 

@@ -12,9 +12,13 @@ import torch
 from torch import Tensor, nn
 
 from .data import to_unit_range
-from .generators import Generator
+from .generators import Generator, check_whole
 
 Source = Literal["prior", "aggregate"]
+
+
+# Noisy images may leave [-1, 1] a little; images on [0, 255] leave it by far.
+UNSCALED = 10.0
 
 
 class System(nn.Module):
@@ -68,6 +72,7 @@ class System(nn.Module):
 
     def fit_aggregate(self, images: Tensor, batch_size: int = 500, rng: torch.Generator | None = None) -> Tensor:
         """Fit a Gaussian to the latents inferred from `images`, the aggregate posterior; returns these latents [n, d]."""
+        check_whole("batch_size", batch_size)
         n, d = len(images), self.generator.latent_dim
         if n <= d:
             raise ValueError(f"{n} images cannot fix a covariance in {d} dimensions; give at least {d + 1}")
@@ -79,7 +84,16 @@ class System(nn.Module):
         return e
 
     def as_input(self, images: Tensor) -> Tensor:
-        """images as floats in [-1, 1] where the parameters are and with their dtype; uint8 is scaled, floats are kept."""
+        """images as floats in [-1, 1] where the parameters are and with their dtype; uint8 is scaled, floats are kept.
+
+        Raises ValueError for other whole numbers, and for floats so far outside [-1, 1] that they were never scaled.
+        """
         parameter = next(self.parameters())
         images = images.to(parameter.device)
-        return (to_unit_range(images) if images.dtype == torch.uint8 else images).to(parameter.dtype)
+        if not images.is_floating_point():
+            return to_unit_range(images).to(parameter.dtype)
+        if not images.is_meta and len(images) and images.abs().max() > UNSCALED:
+            raise ValueError(
+                f"images reach {images.abs().max():.3g}; scale them to [-1, 1] (uint8 images are scaled here)"
+            )
+        return images.to(parameter.dtype)

@@ -11,17 +11,20 @@ same directory: a run that was killed ends with the same bits as one that was no
 
 from __future__ import annotations
 
+import json
+import math
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from . import checkpoints
+from . import checkpoints, provenance
+from .generators import check_whole
 from .system import System
 
 History = dict[str, list[float]]
@@ -48,12 +51,17 @@ class TrainingPlan:
     snapshots: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
-        if self.n_updates < 1 or self.batch_size < 1:
-            raise ValueError(f"n_updates={self.n_updates} and batch_size={self.batch_size} must be at least 1")
-        if not self.learning_rates or any(not rate > 0 for rate in self.learning_rates):
+        check_whole("n_updates", self.n_updates)
+        check_whole("batch_size", self.batch_size)
+        for name in ("learning_rates", "betas", "snapshots"):
+            if not isinstance(getattr(self, name), (tuple, list)):
+                raise ValueError(f"{name}={getattr(self, name)!r} must be a tuple of numbers")
+        if not self.learning_rates or any(not 0 < rate < math.inf for rate in self.learning_rates):
             raise ValueError(f"learning_rates={self.learning_rates} must be one or more positive numbers")
         if len(self.betas) != 2 or any(not 0 <= beta < 1 for beta in self.betas):
             raise ValueError(f"betas={self.betas} must be two numbers in [0, 1)")
+        for t in self.snapshots:
+            check_whole("snapshots", t)
         if any(not 1 <= t <= self.n_updates for t in self.snapshots):
             raise ValueError(f"snapshots={self.snapshots} must lie between 1 and n_updates={self.n_updates}")
 
@@ -70,6 +78,11 @@ def resume_file(directory: Path | str) -> Path:
 def snapshot_file(directory: Path | str, t: int) -> Path:
     """Where a training in `directory` keeps the system as it was after t updates."""
     return Path(directory) / f"snapshot-{t}.safetensors"
+
+
+def training_seconds(directory: Path | str) -> float:
+    """How long the training in `directory` took, all its sittings together; from `resume_file`, once it has ended."""
+    return checkpoints.load(resume_file(directory))[1]["seconds"]
 
 
 class Batch(NamedTuple):
@@ -102,6 +115,7 @@ class TrainingLoop:
     own: dict[str, Tensor] = field(default_factory=dict)
     history: History = field(default_factory=dict, init=False)
     t: int = field(default=0, init=False)
+    seconds: float = field(default=0.0, init=False)
 
     def __post_init__(self) -> None:
         if len(self.images) < 1:
@@ -110,6 +124,9 @@ class TrainingLoop:
             self.system.parameters(), lr=self.plan.learning_rate(0), betas=self.plan.betas
         )
         self.order = torch.empty(0, dtype=torch.int64)
+        self._begun = time.monotonic()
+        if self.directory is not None:
+            Path(self.directory).mkdir(parents=True, exist_ok=True)
         if self.directory is not None and resume_file(self.directory).exists():
             self._restore()
 
@@ -146,7 +163,7 @@ class TrainingLoop:
         shown = {name: f"{v:.4g}" for name, v in [("loss", value), *monitored.items()]}
         rate = self._bar.format_dict["rate"]
         if rate:
-            shown["images/s"] = f"{rate * self.plan.batch_size:.0f}"
+            shown["images/s"] = f"{rate * min(self.plan.batch_size, len(self.images)):.0f}"
         self._bar.set_postfix(shown, refresh=False)
         self._bar.update()
 
@@ -161,22 +178,39 @@ class TrainingLoop:
             self._save()
         return self.history
 
+    def _seconds(self) -> float:
+        return self.seconds + time.monotonic() - self._begun
+
+    def _identity(self) -> dict[str, Any]:
+        """What must be the same for a training to go on: plan, system with its settings, number of images, sources."""
+        settings = {name: value for name, value in vars(self.system).items() if isinstance(value, (int, float, str))}
+        identity = {
+            "plan": asdict(self.plan),
+            "system": type(self.system).__name__,
+            "settings": settings | {"training": True},
+            "shapes": {name: tuple(value.shape) for name, value in self.system.state_dict().items()},
+            "images": len(self.images),
+            "sources": provenance.source_hash(provenance.imported_modules([type(self.system).__module__])),
+        }
+        return json.loads(json.dumps(identity))
+
     def _save(self) -> None:
         moments = self.optimizer.state_dict()["state"]
         tensors = {f"system.{name}": value for name, value in self.system.state_dict().items()}
         tensors |= {f"adam.{i}.{name}": value for i, state in moments.items() for name, value in state.items()}
         tensors |= {f"own.{name}": value for name, value in self.own.items()}
         tensors |= {"rng": self.rng.get_state(), "order": self.order}
-        checkpoints.save(
-            resume_file(self.directory), tensors, {"plan": asdict(self.plan), "t": self.t, "history": self.history}
-        )
+        progress = {"t": self.t, "history": self.history, "seconds": self._seconds()}
+        checkpoints.save(resume_file(self.directory), tensors, {"identity": self._identity(), **progress})
 
     def _restore(self) -> None:
         tensors, saved = checkpoints.load(resume_file(self.directory))
-        plan = {key: list(v) if isinstance(v, tuple) else v for key, v in asdict(self.plan).items()}
-        if saved["plan"] != plan:
+        then, now = saved.get("identity", {}), self._identity()
+        different = [name for name in now if then.get(name) != now[name]]
+        if different:
             raise checkpoints.CheckpointError(
-                f"{resume_file(self.directory)} belongs to another training plan; remove it to start anew"
+                f"{resume_file(self.directory)} belongs to another training, its {' and '.join(different)} differ; remove it "
+                "to start anew"
             )
         self.system.load_state_dict(
             {k.removeprefix("system."): v for k, v in tensors.items() if k.startswith("system.")}
@@ -191,3 +225,4 @@ class TrainingLoop:
             value.copy_(tensors[f"own.{name}"])
         self.rng.set_state(tensors["rng"])
         self.order, self.t, self.history = tensors["order"], saved["t"], saved["history"]
+        self.seconds = saved["seconds"]

@@ -1,6 +1,7 @@
 """From a configuration to a run directory, and what is refused on the way."""
 
 import json
+import math
 import shutil
 import subprocess
 import sys
@@ -132,6 +133,20 @@ def test_seeds_decide_the_first_weights():
         ({"evaluation_split": "train"}, "evaluation_split='train'"),
         ({"seed": -1}, "seed=-1"),
         ({"n_updates": 0}, "n_updates=0"),
+        ({"n_steps": 0}, "n_steps=0"),
+        ({"dataset": "digitz"}, "did you mean 'digits'"),
+        ({"device": "gpu"}, "device='gpu' is unknown; there are: auto, cpu"),
+        ({"sigma": -1.0}, "sigma=-1.0"),
+        ({"step_size": math.inf}, "step_size=inf"),
+        ({"latent_dims": [8, 0]}, "latent_dims"),
+        ({"feature_size": 6}, "feature_size=6"),
+        ({"every": 0}, "every=0"),
+        ({"estimator": "linear"}, "estimator='linear' is unknown"),
+        ({"search_images": 1}, "n_images=1"),
+        ({"options": {"depth": 3}}, "options={'depth': 3}"),
+        ({"options": 3}, "options=3 must be a mapping"),
+        ({"name": "../elsewhere"}, "it names a directory"),
+        ({"name": ""}, "it names a directory"),
     ],
 )
 def test_mistakes_in_a_configuration_are_named(change, message):
@@ -146,7 +161,7 @@ def test_a_configuration_needs_a_name():
 
 def test_yaml_errors_name_the_file(tmp_path):
     path = tmp_path / "config.yaml"
-    for text in ("- a list", "name: [unclosed", "name: x\nsteps: 1\n"):
+    for text in ("- a list", "name: [unclosed", "name: x\nsteps: 1\n", "name: x\nseed: 1\nseed: 2\n"):
         path.write_text(text)
         with pytest.raises(ValueError, match="config.yaml"):
             Config.from_yaml(path)
@@ -161,3 +176,26 @@ def test_the_command_line_ends_with_a_message_instead_of_a_traceback(tmp_path, c
     with pytest.raises(SystemExit) as ended:
         experiment.main([str(path), "--output", str(tmp_path / "out")])
     assert ended.value.code == 2 and message in capsys.readouterr().err
+
+
+def test_data_that_are_not_there_are_a_message_and_leave_the_directory_free(tmp_path, capsys, monkeypatch):
+    monkeypatch.delenv("SRLIB_DATA", raising=False)
+    path, out = tmp_path / "config.yaml", tmp_path / "out"
+    path.write_text("name: x\ndataset: mnist\n")
+    with pytest.raises(SystemExit) as ended:
+        experiment.main([str(path), "--output", str(out)])
+    assert ended.value.code == 2 and "set SRLIB_DATA" in capsys.readouterr().err
+    assert not out.exists()
+
+
+def test_an_output_that_is_no_folder_is_named(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ValueError, match="file cannot be made a run directory"):
+        experiment.run(Config.from_dict(TINY), tmp_path / "file", progress=False)
+
+
+def test_a_run_that_never_began_does_not_hold_its_directory(tmp_path):
+    """Training 64 images of one batch each fails before its first update, and the mended configuration may go there."""
+    with pytest.raises(ValueError, match="batches of 1 image"):
+        experiment.run(Config.from_dict(TINY | {"batch_size": 1}), tmp_path, progress=False)
+    experiment.run(Config.from_dict(TINY), tmp_path, progress=False)

@@ -113,8 +113,15 @@ def test_the_chain_can_be_differentiated_by_step_size_and_start(small_posterior)
         (dict(step_size=torch.ones(4, 1, 1)), r"one per step is \[5, 1, 1\]"),
         (dict(n_steps=0), "n_steps=0"),
         (dict(n_steps=2.5), "n_steps=2.5"),
-        (dict(noise=torch.zeros(4, 4, 12)), "noise has shape"),
-        (dict(initial=torch.zeros(3, 12)), r"e has shape \(3, 12\)"),
+        (dict(step_size="0.1"), "step_size='0.1' must be a number or a tensor"),
+        (dict(step_size=True), "step_size=True"),
+        (dict(noise=torch.zeros(4, 4, 12).double()), r"noise is torch.float64 \(4, 4, 12\), this chain needs"),
+        (dict(noise=torch.zeros(5, 4, 12)), "noise is torch.float32"),
+        (dict(noise=torch.full((5, 4, 12), math.nan).double()), "noise holds NaN"),
+        (dict(initial=torch.zeros(3, 12).double()), r"e has shape \(3, 12\)"),
+        (dict(initial=torch.zeros(4, 12)), "e has dtype torch.float32, the generator computes in torch.float64"),
+        (dict(initial=torch.full((4, 12), math.inf).double()), "initial holds NaN or infinite"),
+        (dict(chunk_size=0), "chunk_size=0"),
         (dict(deterministic=True, noise=torch.zeros(5, 4, 12)), "deterministic"),
     ],
 )
@@ -126,11 +133,25 @@ def test_bad_input_is_refused(small_posterior, arguments, message):
 def test_divergence_names_the_step_the_step_size_and_a_smaller_one(linear_posterior):
     posterior = linear_posterior(n=2)
     largest = torch.linalg.eigvalsh(srlib.ClosedForm(posterior).precision).max().item()
-    with pytest.raises(DivergenceError, match=r"diverged at step \d+ of 200 with step size .* try ") as caught:
+    with pytest.raises(DivergenceError, match=r"diverged at step k = \d+ of K = 200 with step size .* try ") as caught:
         srlib.short_run(posterior, 200, 4 / largest)
     proposed = float(str(caught.value).split("try ")[1].split(". ")[0])
     assert proposed < 2 / largest
     srlib.short_run(posterior, 200, proposed)
+
+
+def test_weights_that_left_all_bounds_are_not_blamed_on_the_step_size(small_posterior):
+    posterior = small_posterior(masked=False)
+    with torch.no_grad():
+        posterior.generator.output[-1].bias.fill_(math.nan)
+    with pytest.raises(DivergenceError, match="weights have left all bounds") as caught:
+        srlib.short_run(posterior, 2, 1e-3)
+    assert math.isnan(caught.value.step_size)
+
+
+def test_inference_mode_is_refused_with_the_way_out(small_posterior):
+    with torch.inference_mode(), pytest.raises(ValueError, match=r"use torch\.no_grad"):
+        srlib.short_run(small_posterior(masked=False), 2, 1e-3)
 
 
 def test_step_size_conventions():
@@ -140,11 +161,11 @@ def test_step_size_conventions():
     assert sizes.shape == (5, 1, 1)
     torch.testing.assert_close(sizes[1:] / sizes[:-1], torch.full((4, 1, 1), 0.25**0.25, dtype=torch.float64))
     for bad in (0.0, -1.0, math.inf, math.nan):
-        with pytest.raises(ValueError, match="must be positive"):
+        with pytest.raises(ValueError, match="must be a positive, finite number"):
             srlib.step_size_from_noise_scale(bad)
-        with pytest.raises(ValueError, match="must be positive"):
+        with pytest.raises(ValueError, match="must be a positive, finite number"):
             srlib.noise_scale_from_step_size(bad)
-        with pytest.raises(ValueError, match="must be positive"):
+        with pytest.raises(ValueError, match="must be a positive, finite number"):
             srlib.geometric_step_sizes(bad, 1e-3, 5)
 
 

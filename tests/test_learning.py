@@ -6,8 +6,9 @@ import pytest
 import torch
 
 import srlib
+from srlib import provenance
 from srlib.checkpoints import CheckpointError
-from srlib.training import TrainingLoop
+from srlib.training import TrainingLoop, training_seconds
 
 
 @pytest.fixture
@@ -130,15 +131,72 @@ def test_batches_of_one_image_are_refused(new_system, images):
 
 def test_a_checkpoint_of_another_plan_is_refused(new_system, images, tmp_path):
     fit(new_system(), images, n_updates=2, directory=tmp_path)
-    with pytest.raises(CheckpointError, match="another training plan"):
+    with pytest.raises(CheckpointError, match="another training, its plan differ"):
         fit(new_system(), images, n_updates=3, directory=tmp_path)
+
+
+@pytest.mark.parametrize("options", [dict(sigma=0.2), dict(n_steps=4)])
+def test_a_checkpoint_of_another_system_or_other_images_is_refused(new_system, images, tmp_path, options):
+    fit(new_system(), images, n_updates=2, directory=tmp_path)
+    with pytest.raises(CheckpointError, match="its settings differ; remove it"):
+        fit(new_system(**options), images, n_updates=2, directory=tmp_path)
+    with pytest.raises(CheckpointError, match="its images differ; remove it"):
+        fit(new_system(), images[:10], n_updates=2, directory=tmp_path)
+
+
+def test_a_checkpoint_of_other_sources_is_refused(new_system, images, tmp_path, monkeypatch):
+    fit(new_system(), images, n_updates=2, directory=tmp_path)
+    monkeypatch.setattr(provenance, "source_hash", lambda modules: "other")
+    with pytest.raises(CheckpointError, match="its sources differ; remove it"):
+        fit(new_system(), images, n_updates=2, directory=tmp_path)
+
+
+def test_the_time_of_all_sittings_is_counted(new_system, images, tmp_path, killed_at):
+    with killed_at(6):
+        fit(new_system(), images, directory=tmp_path)
+    first = training_seconds(tmp_path)
+    fit(new_system(), images, directory=tmp_path)
+    assert training_seconds(tmp_path) > first > 0
+
+
+def test_what_the_training_owns_comes_back_in_place(new_system, images, tmp_path):
+    plan, rng = srlib.TrainingPlan(2, 4), torch.Generator()
+    chains = torch.ones(3)
+    loop = TrainingLoop(new_system(), images, plan, rng, tmp_path, progress=False, own={"chains": chains})
+    chains += 1
+    loop.finish()
+    again = torch.zeros(3)
+    TrainingLoop(new_system(), images, plan, rng, tmp_path, progress=False, own={"chains": again})
+    assert torch.equal(again, torch.full((3,), 2.0))
+
+
+def test_images_that_were_never_scaled_are_refused(new_system, images):
+    for unscaled in (images.long(), images.bool()):
+        with pytest.raises(ValueError, match="only uint8 images are scaled"):
+            fit(new_system(), unscaled)
+    with pytest.raises(ValueError, match=r"images reach 255; scale them to \[-1, 1\]"):
+        fit(new_system(), images.float())
+
+
+def test_a_divergence_is_told_in_terms_of_the_step_size_that_was_asked_for(new_system, images):
+    """While sigma anneals, s is larger than what was asked for by (sigma / final sigma)^2."""
+    system = new_system(step_size=0.5, sigma=0.1, sigma_start=0.4, n_steps=60)
+    with pytest.raises(
+        srlib.DivergenceError, match=r"step_size=0.5 \(which is s = 8 at sigma = 0.4.*; try step_size=0.05"
+    ):
+        fit(system, images)
+
+
+def test_identical_images_give_no_nan(new_system, images):
+    history = fit(new_system(), images[:1].expand(6, -1, -1, -1), n_updates=2)
+    assert all(math.isfinite(v) for v in history["spread"])
 
 
 def test_a_loss_that_is_not_a_number_stops_with_advice(new_system, images):
     system = new_system()
     with torch.no_grad():
         system.generator.output[-1].bias.fill_(math.nan)
-    with pytest.raises((FloatingPointError, srlib.DivergenceError), match="try"):
+    with pytest.raises((FloatingPointError, srlib.DivergenceError), match="learning rate"):
         fit(system, images)
 
 
@@ -182,6 +240,11 @@ def test_inpainting_never_looks_at_hidden_pixels(new_system, images):
         (dict(anneal_fraction=1.5), "anneal_fraction"),
         (dict(every=0), "every=0"),
         (dict(step_size=0.0), "step_size"),
+        (dict(step_size=math.inf), "step_size=inf"),
+        (dict(sigma=math.nan), "sigma=nan"),
+        (dict(n_steps=0), "n_steps=0"),
+        (dict(n_steps=2.5), "n_steps=2.5"),
+        (dict(update_step_size="grid"), "update_step_size='grid' must be callable"),
     ],
 )
 def test_bad_options_are_refused(new_system, options, message):
@@ -197,6 +260,10 @@ def test_bad_options_are_refused(new_system, options, message):
         (dict(n_updates=1, learning_rates=()), "learning_rates"),
         (dict(n_updates=1, learning_rates=(1e-3, -1.0)), "learning_rates"),
         (dict(n_updates=1, betas=(0.9, 1.0)), "betas"),
+        (dict(n_updates=2.5), "n_updates=2.5"),
+        (dict(n_updates=1, learning_rates=1e-3), "learning_rates=0.001 must be a tuple"),
+        (dict(n_updates=1, learning_rates=(math.inf,)), "learning_rates"),
+        (dict(n_updates=3, snapshots=(1.5,)), "snapshots=1.5"),
     ],
 )
 def test_bad_plans_are_refused(new_system, plan, message):

@@ -264,8 +264,16 @@ def test_with_moment_matched_numbers_the_objective_of_a_linear_model_is_its_kl_t
 @pytest.mark.parametrize("start", [0.05, 1.8])
 @pytest.mark.parametrize(
     "latents, n_steps, masked, n_iterations",
-    [(1, 1, False, 50), (1, 10, True, 50), (1, 100, False, 100), (2, 5, False, 50), (3, 40, True, 50)]
-    + [(6, 10, False, 50), (12, 6, True, 50), (20, 2, False, 50)],
+    [
+        (1, 1, False, 50),
+        (1, 10, True, 50),
+        (1, 100, False, 100),
+        (2, 5, False, 50),
+        (3, 40, True, 50),
+        (6, 10, False, 50),
+        (12, 6, True, 50),
+        (20, 2, False, 50),
+    ],
 )
 def test_descent_ends_within_2_percent_of_the_optimum_of_the_exact_kl(latents, n_steps, masked, n_iterations, start):
     """In s as in the KL, from far below and from near divergence; the worst of these is 0.3 % off."""

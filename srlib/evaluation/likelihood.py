@@ -20,8 +20,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..generators import Generator, randn_like
-from ..langevin import check_whole
+from ..generators import Generator, check_whole, randn_like
 from ..posterior import Posterior
 from ..samplers import State, evaluate, hmc_step, uniform_like
 

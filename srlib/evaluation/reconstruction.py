@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -18,14 +20,12 @@ def squared_error(images: Tensor, reconstructed: Tensor) -> Tensor:
     return (images - reconstructed).square().flatten(1).mean(1)
 
 
-def recognised(train_images: Tensor, train_labels: Tensor, images: Tensor, labels: Tensor) -> tuple[Tensor, float]:
-    """Which images [n, C, H, W] an independent classifier gives their true label: [n] bool, and the fraction.
+def recogniser(images: Tensor, labels: Tensor) -> Callable[[Tensor], Tensor]:
+    """An independent classifier of images [n, C, H, W] (floats in [-1, 1]), trained here: images -> labels [n].
 
-    The classifier is scikit-learn's support vector machine with a Gaussian kernel, trained here on the training images
-    (floats in [-1, 1]); it shares nothing with the systems it judges.
+    It is scikit-learn's support vector machine with a Gaussian kernel, which shares nothing with the systems it judges.
     """
     from sklearn.svm import SVC
 
-    classifier = SVC(C=10.0).fit(train_images.flatten(1).numpy(), train_labels.numpy())
-    right = torch.from_numpy(classifier.predict(images.flatten(1).numpy()) == labels.numpy())
-    return right, right.double().mean().item()
+    classifier = SVC(C=10.0).fit(images.flatten(1).numpy(), labels.numpy())
+    return lambda judged: torch.from_numpy(classifier.predict(judged.flatten(1).numpy()))
