@@ -86,7 +86,10 @@ def load_profile(name: str, seeds: list[int] | None = None, root: Path = ROOT) -
     path = root / "papermill_runs" / f"{name}.yaml"
     if not path.exists():
         raise PipelineError(f"unknown profile {name!r}; there are: {', '.join(PROFILES)}")
-    matrix = yaml.safe_load(path.read_text())
+    try:
+        matrix = checkpoints.read_yaml(path)
+    except yaml.YAMLError as error:
+        raise PipelineError(f"{path}: {error}") from error
     _refuse_unknown(path, matrix, {"label", "defaults", "runs", "chapters"})
     folder, jobs = root / "papermill_runs" / name, {}
     for row in matrix.get("runs") or []:
