@@ -1,6 +1,6 @@
 """log|det dF/de_0| of a short run by three methods (Eqs. 13 and 17, section 5.5).
 
-    stepwise      sum_k log|det(I + D_k^1/2 H_k D_k^1/2)|: K determinants of symmetric matrices, K d Hessian-vector products
+    stepwise      sum_k log|det(I + D_k^1/2 H_k D_k^1/2)|: symmetric matrices, K d Hessian-vector products
     row_by_row    the rows of dF/de_0 through all K steps, then its eigenvalues, as section 5.5 has it
     low_rank      as "stepwise", with each determinant estimated from a few Hessian-vector products
 
@@ -9,8 +9,8 @@
 
 from __future__ import annotations
 
+import math
 import warnings
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -26,6 +26,8 @@ Method = Literal["stepwise", "row_by_row", "low_rank"]
 
 # Largest relative error of an eigenvalue of dF/de_0 that "row_by_row" passes over in silence.
 TOLERATED_EIGENVALUE_ERROR = 1e-6
+# "low_rank" serves one of this many steps at a time, those that need it most: one by one is slower, and hardly better.
+STEPS_SHARE = 5
 
 
 def log_abs_det_jacobian(
@@ -36,7 +38,8 @@ def log_abs_det_jacobian(
     method : "stepwise" adds K determinants of symmetric d x d matrices, from the Hessians at e_0, ..., e_{K-1}.
         "row_by_row" is section 5.5: the Jacobian of all K steps, one row by one vector-Jacobian product each, then
         its eigenvalues; it loses precision with the condition number of dF/de_0 and warns when it does.
-        "low_rank" takes a few directions exactly and estimates the rest (`low_rank_log_abs_det`).
+        "low_rank" takes the stiff directions and estimates the rest, with a quarter of the products of "stepwise"
+        (`low_rank_log_abs_det`).
     chunk_size : Hessians computed at a time ("stepwise" only); bounds the memory, changes nothing else.
 
     "stepwise" and "row_by_row" are differentiable with respect to a `step_size` that requires gradients.
@@ -77,8 +80,8 @@ def _row_by_row(posterior: Posterior, chain: Chain) -> Tensor:
 class LowRankLogDet:
     """What `low_rank_log_abs_det` returns.
 
-    value, standard_error : log|det dF/de_0| and the standard error of its random part, [n] each, float64.
-    n_products : Hessian-vector products spent on each chain; "stepwise" takes K d.
+    value, standard_error : log|det dF/de_0| and its standard error, [n] each, float64.
+    n_products : Hessian-vector products spent on each chain, at most; "stepwise" takes K d.
     """
 
     value: Tensor
@@ -89,52 +92,129 @@ class LowRankLogDet:
 def low_rank_log_abs_det(
     posterior: Posterior,
     chain: Chain,
-    rank: int = 36,
-    n_probes: int = 8,
-    n_lanczos: int = 4,
+    n_products: int | None = None,
+    n_probes: int | None = None,
+    block_size: int = 2,
     rng: torch.Generator | None = None,
 ) -> LowRankLogDet:
-    """log|det dF/de_0| from a few directions exactly and the others by stochastic Lanczos quadrature.
+    """log|det dF/de_0| from the stiff directions and a trace for the rest, with a quarter of the products of "stepwise".
 
-    The spectrum of I + s H is 1 - s plus the directions that the image determines. With Q an orthonormal basis of the stiffest,
-    det M = det(Q'MQ) det(S), S the Schur complement of Q'MQ. Q is found by subspace iteration along the chain, where
-    each step starts from the last one's basis. log|det S| is estimated from random unit vectors u orthogonal to Q,
-    (d - rank) u' log|S| u, by Gauss quadrature with `n_lanczos` Lanczos steps each (Ubaru, Chen & Saad 2017): almost without
-    variance, since S is almost a multiple of the identity. Where more than `rank` directions are stiff it is not, and both the
-    value and its stated error are unreliable (benchmarks/log_determinants.py measures this on trained generators).
+    M = I + D^1/2 H D^1/2 of one step is nearly c I, c = 1 - mean(s), outside the directions that the image determines.
+    With Q an orthonormal basis of a block Krylov space of M, which finds the stiffest first,
 
-    rank : directions in Q, at most d - 1.    n_probes : random vectors u, at least 2, which give the standard error.
+        log|det M| = log|det Q'MQ| + log|det S|,    S = the Schur complement of Q'MQ = c (I + X),    X small,
+        log|det S| = r log c + tr X - tr X^2 / 2 + tr X^3 / 3 - tr X^4 / 4 + ...,    r = d - columns of Q.
+
+    The traces are estimated from random unit vectors u orthogonal to Q (Hutchinson 1990; deflated: Meyer, Musco, Musco &
+    Woodruff 2021; with a Krylov space: Chen & Hallman 2023). X u needs M u and M Q alone. So the products with the probes
+    are made once, before Q, and tell at every size of Q, for nothing, how large X still is: products go to the steps of
+    the chain where |X|_F is largest. Pairs of probes have the third and fourth power from one product each,
+    E (u'X v)(v'X^2 u) = tr X^3 / r^2.
+
+    The standard error is that of the traces, from the powers of X, with the term of fourth order for the terms left out.
+
+    n_products : for each chain; by default K d / 4.
+    n_probes : probes u of each step, at least 2, which give the standard error; by default d / 20, at least 4.
+    block_size : directions that Q grows by. Fewer find stiff directions with fewer products, more are faster on a GPU.
     """
     n, d = chain.initial.shape
-    if not 1 <= rank < d:
-        raise ValueError(f"rank={rank} must lie between 1 and d - 1 = {d - 1}")
-    if n_probes < 2 or not 1 <= n_lanczos <= d - rank:
-        raise ValueError(f"n_probes={n_probes} must be at least 2 and n_lanczos={n_lanczos} within 1 ... {d - rank}")
-    rng = rng or torch.Generator().manual_seed(0)
-    states = with_trajectory(posterior, chain).trajectory[:-1].detach()
-    roots = step_sizes(chain).detach().sqrt()
-    q = randn_like(roots.new_empty(n, d, rank), rng)
-    value, variance = roots.new_zeros(n), roots.new_zeros(n)
-    for e, root in zip(states, roots):
-
-        def multiply(v: Tensor, e: Tensor = e, root: Tensor = root[..., None]) -> Tensor:
-            """M v for v [n, d, q], M = I + D^1/2 H D^1/2."""
-            return v + root * _hessian_times(posterior, e, root * v)
-
-        centre = 1 - root.square().mean(-1)[:, None, None]
-        q = torch.linalg.qr(multiply(q) - centre * q)[0]
-        mq = multiply(q)
-        core = q.mT @ mq
-        u = randn_like(roots.new_empty(n, d, n_probes), rng)
-        u = u - q @ (q.mT @ u)
-        estimates = (d - rank) * _log_quadrature(
-            lambda v: _schur_times(multiply, q, mq, core, v),  # noqa: B023 (called within this turn of the loop)
-            u / u.norm(dim=1, keepdim=True),
-            n_lanczos,
+    n_steps = chain.n_steps
+    n_products = n_steps * d // 4 if n_products is None else n_products
+    n_probes = max(4, d // 20) if n_probes is None else n_probes
+    if not 2 <= n_probes <= d or not 1 <= block_size <= d - 2:
+        raise ValueError(f"n_probes={n_probes} must lie within 2 ... {d}, block_size={block_size} within 1 ... {d - 2}")
+    if n_products < n_steps * (n_probes + block_size):
+        raise ValueError(
+            f"n_products={n_products} is too few: {n_steps} steps with {n_probes} probes and a block of {block_size} each "
+            f'take {n_steps * (n_probes + block_size)}; with few latents use method="stepwise"'
         )
-        value = value + torch.linalg.slogdet(core)[1] + estimates.mean(-1)
-        variance = variance + estimates.var(-1) / n_probes
-    return LowRankLogDet(value, variance.sqrt(), chain.n_steps * (2 * rank + n_probes * n_lanczos))
+    largest = (d - 2) // block_size * block_size  # columns of Q at most: two dimensions are left for the probes
+    n_blocks = (n_products - n_steps * n_probes) // block_size
+    rng = rng or torch.Generator().manual_seed(0)
+
+    # state k n + i is e_k of image i
+    states = with_trajectory(posterior, chain).trajectory[:-1].detach().flatten(0, 1)
+    roots = step_sizes(chain).detach().sqrt().flatten(0, 1)
+    image = torch.arange(n, device=states.device)
+    owner = image.repeat(n_steps)
+
+    def multiply(rows: Tensor, v: Tensor) -> Tensor:
+        """M v for v [len(rows), d, q], the states in `rows`."""
+        root = roots[rows][..., None]
+        return v + root * _hessian_times(posterior[owner[rows]], states[rows], root * v)
+
+    u = _dealt_probes(n_steps, n, d, n_probes, roots, rng)
+    mu = multiply(torch.arange(len(states), device=states.device), u)
+    block = torch.linalg.qr(randn_like(roots.new_empty(len(states), d, block_size), rng))[0]
+    q, mq = roots.new_zeros(2, len(states), d, 0)
+    size = torch.zeros(len(states), dtype=torch.int64, device=states.device)
+    remainder = torch.full_like(roots[:, 0], math.inf)  # |X|_F^2, unknown at first
+    value, variance, truncated = torch.zeros(3, len(states), dtype=roots.dtype, device=roots.device)
+    n_together = math.ceil(n_steps / STEPS_SHARE)
+    for left in range(n_blocks, 0, -n_together):
+        rows = (remainder.reshape(n_steps, n).topk(min(left, n_together), dim=0).indices * n + image).flatten()
+        rows = rows[~(remainder[rows] < 0)]
+        if not len(rows):
+            break
+        columns = size[rows, None] + torch.arange(block_size, device=states.device)
+        width = int(columns.max()) + 1
+        if width > q.shape[-1]:
+            q, mq = (torch.nn.functional.pad(basis, (0, width)) for basis in (q, mq))
+        product = multiply(rows, block[rows])
+        q[rows[:, None], :, columns] = block[rows].mT
+        mq[rows[:, None], :, columns] = product.mT
+        size[rows] += block_size
+        basis = q[rows, :, :width]
+        for _ in range(2):  # once more, because rounding leaves a small residual far from orthogonal
+            product = torch.linalg.qr(product - basis @ (basis.mT @ product))[0]
+        block[rows] = product
+        found = _deflated_log_det(
+            basis, mq[rows, :, :width], size[rows], u[rows], mu[rows], 1 - roots[rows].square().mean(-1)
+        )
+        value[rows], variance[rows], truncated[rows], remainder[rows] = found
+        remainder[(size == largest) | (remainder < torch.finfo(roots.dtype).eps)] = -1  # nothing is left to find
+    value, variance, truncated = (t.reshape(n_steps, n).sum(0) for t in (value, variance, truncated))
+    standard_error = (variance + truncated.square()).sqrt()
+    return LowRankLogDet(value, standard_error, n_steps * n_probes + n_blocks * block_size)
+
+
+def _deflated_log_det(
+    q: Tensor, mq: Tensor, size: Tensor, u: Tensor, mu: Tensor, centre: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """log|det M| of each state, its variance, its term of fourth order and |X|_F^2: [R] each.
+
+    q, mq : Q and M Q [R, d, width], zeros beyond the first `size` [R] columns.    u, mu : probes and M u [R, d, p].
+    """
+    r = (q.shape[1] - size).to(q.dtype)
+    unused = torch.arange(q.shape[-1], device=q.device) >= size[:, None]
+    core = q.mT @ mq + torch.diag_embed(unused.to(q.dtype))
+    core = 0.5 * (core + core.mT)
+    inside = q.mT @ u
+    u, mu = u - q @ inside, mu - mq @ inside
+    norm = u.norm(dim=1, keepdim=True)
+    u, mu = u / norm, mu / norm
+    su = mu - mq @ torch.linalg.solve(core, mq.mT @ u)
+    xu = (su - q @ (q.mT @ su)) / centre[:, None, None] - u
+    ux, xx = u.mT @ xu, xu.mT @ xu  # u_i'X u_j and u_i'X^2 u_j: [R, p, p]
+    trace, square = (r * m.diagonal(dim1=-2, dim2=-1).mean(-1) for m in (ux, xx))
+    apart = 1 - torch.eye(u.shape[-1], dtype=q.dtype, device=q.device)
+    cube, fourth = (r * r * (apart * m * xx).sum((-2, -1)) / apart.sum() for m in (ux, xx))
+    rest = r * centre.abs().log() + trace - square / 2 + cube / 3 - fourth / 4
+    # Of the mean of p values r u'A u: 2 |A|_F^2 / p, A = log(I + X), and log^2(1 + x) = x^2 - x^3 + 11/12 x^4 - ...
+    # The values themselves are so few that their own spread would often be too small by chance.
+    variance = 2 / u.shape[-1] * (square - cube + 11 / 12 * fourth).clamp_min(0)
+    return torch.linalg.slogdet(core)[1] + rest, variance, fourth / 4, square
+
+
+def _dealt_probes(n_steps: int, n: int, d: int, n_probes: int, like: Tensor, rng: torch.Generator) -> Tensor:
+    """Columns of random orthogonal matrices, dealt out to the steps of each chain: [K n, d, p].
+
+    The steps' remainders resemble each other, so that probes orthogonal to the other steps' say more about the sum.
+    """
+    n_matrices = math.ceil(n_steps * n_probes / d)
+    matrices = [torch.linalg.qr(randn_like(like.new_empty(n, d, d), rng))[0] for _ in range(n_matrices)]
+    dealt = torch.cat(matrices, -1)[..., : n_steps * n_probes].unflatten(-1, (n_steps, n_probes))
+    return dealt.permute(2, 0, 1, 3).flatten(0, 1)
 
 
 def _hessian_times(posterior: Posterior, e: Tensor, v: Tensor) -> Tensor:
@@ -143,28 +223,3 @@ def _hessian_times(posterior: Posterior, e: Tensor, v: Tensor) -> Tensor:
     cuts = [slice(i, i + size) for i in range(0, len(e), size)]
     products = [posterior[c].hessian_product(e[c], v[c].permute(2, 0, 1).to(e.dtype)) for c in cuts]
     return torch.cat(products, dim=1).permute(1, 2, 0).to(v.dtype)
-
-
-def _schur_times(multiply: Callable[[Tensor], Tensor], q: Tensor, mq: Tensor, core: Tensor, v: Tensor) -> Tensor:
-    """S v for v orthogonal to q: S = P (M - Mq (q'Mq)^-1 q'M) P with P = I - q q'."""
-    image = multiply(v) - mq @ torch.linalg.solve(core, mq.mT @ v)
-    return image - q @ (q.mT @ image)
-
-
-def _log_quadrature(multiply: Callable[[Tensor], Tensor], u: Tensor, n_steps: int) -> Tensor:
-    """u' log|S| u for unit vectors u [n, d, q] by `n_steps` steps of Lanczos: [n, q]."""
-    diagonal, off_diagonal = [], []
-    previous, beta = torch.zeros_like(u), u.new_zeros(len(u), 1, u.shape[2])
-    for _ in range(n_steps):
-        image = multiply(u) - beta * previous
-        alpha = (u * image).sum(1, keepdim=True)
-        image = image - alpha * u
-        beta = image.norm(dim=1, keepdim=True)
-        diagonal.append(alpha.squeeze(1))
-        off_diagonal.append(beta.squeeze(1))
-        previous, u = u, image / beta.clamp_min(torch.finfo(u.dtype).tiny)
-    between = torch.stack(off_diagonal[:-1], -1) if n_steps > 1 else u.new_zeros(*diagonal[0].shape, 0)
-    tridiagonal = torch.diag_embed(torch.stack(diagonal, -1))
-    tridiagonal = tridiagonal + torch.diag_embed(between, 1) + torch.diag_embed(between, -1)
-    nodes, vectors = torch.linalg.eigh(tridiagonal)
-    return (vectors[..., 0, :].square() * nodes.abs().log()).sum(-1)
