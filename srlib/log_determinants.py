@@ -97,7 +97,7 @@ def low_rank_log_abs_det(
     block_size: int = 2,
     rng: torch.Generator | None = None,
 ) -> LowRankLogDet:
-    """log|det dF/de_0| from the stiff directions and a trace for the rest, with a quarter of the products of "stepwise".
+    """log|det dF/de_0| from stiff directions and a trace for the rest, with a quarter of the products of "stepwise".
 
     M = I + D^1/2 H D^1/2 of one step is nearly c I, c = 1 - mean(s), outside the directions that the image determines.
     With Q an orthonormal basis of a block Krylov space of M, which finds the stiffest first,
@@ -105,13 +105,13 @@ def low_rank_log_abs_det(
         log|det M| = log|det Q'MQ| + log|det S|,    S = the Schur complement of Q'MQ = c (I + X),    X small,
         log|det S| = r log c + tr X - tr X^2 / 2 + tr X^3 / 3 - tr X^4 / 4 + ...,    r = d - columns of Q.
 
-    The traces are estimated from random unit vectors u orthogonal to Q (Hutchinson 1990; deflated: Meyer, Musco, Musco &
-    Woodruff 2021; with a Krylov space: Chen & Hallman 2023). X u needs M u and M Q alone. So the products with the probes
-    are made once, before Q, and tell at every size of Q, for nothing, how large X still is: products go to the steps of
-    the chain where |X|_F is largest. Pairs of probes have the third and fourth power from one product each,
+    The traces are estimated from random unit vectors u orthogonal to Q (Hutchinson 1990; deflated: Meyer, Musco, Musco
+    & Woodruff 2021; in a Krylov space: Chen & Hallman 2023). X u needs M u and M Q alone. So the products with the
+    probes are made once, before Q, and tell at every size of Q, for nothing, how large X still is: products go to the
+    steps of the chain where |X|_F is largest. Pairs of probes have the third and fourth power from one product each,
     E (u'X v)(v'X^2 u) = tr X^3 / r^2.
 
-    The standard error is that of the traces, from the powers of X, with the term of fourth order for the terms left out.
+    The standard error is that of the traces, from the powers of X, with the fourth order for the terms left out.
 
     n_products : for each chain; by default K d / 4.
     n_probes : probes u of each step, at least 2, which give the standard error; by default d / 20, at least 4.
@@ -125,8 +125,8 @@ def low_rank_log_abs_det(
         raise ValueError(f"n_probes={n_probes} must lie within 2 ... {d}, block_size={block_size} within 1 ... {d - 2}")
     if n_products < n_steps * (n_probes + block_size):
         raise ValueError(
-            f"n_products={n_products} is too few: {n_steps} steps with {n_probes} probes and a block of {block_size} each "
-            f'take {n_steps * (n_probes + block_size)}; with few latents use method="stepwise"'
+            f"n_products={n_products} is too few: {n_steps} steps with {n_probes} probes and a block of {block_size} "
+            f'each take {n_steps * (n_probes + block_size)}; with few latents use method="stepwise"'
         )
     largest = (d - 2) // block_size * block_size  # columns of Q at most: two dimensions are left for the probes
     n_blocks = (n_products - n_steps * n_probes) // block_size
