@@ -116,13 +116,17 @@ def load_profile(name: str, seeds: list[int] | None = None, root: Path = ROOT) -
         if len({job.rpartition("-seed")[0] for job in needs}) != len(set(wanted)):
             raise PipelineError(f"{path}, chapter {chapter!r} needs {wanted}; the runs are {[*jobs]}")
         output, notebook = folder / "book" / f"{chapter}.ipynb", root / "book" / f"{chapter}.md"
-        parameters = {"profile": name}
+        if not notebook.exists():
+            raise PipelineError(f"{path}: there is no notebook {notebook}")
+        # a chapter gets those of these that it has: the seeds of its runs, and the first that all of them have
+        seeds_used = list(dict.fromkeys(jobs[run].config.seed for run in needs))
+        shared = [seed for seed in seeds_used if all(f"{run}-seed{seed}" in jobs for run in wanted)]
+        offered = {"seeds": seeds_used, **({"seed": shared[0]} if shared else {})}
+        known = parameter_names(jupytext.read(notebook))
+        parameters = {"profile": name} | {entry: value for entry, value in offered.items() if entry in known}
         jobs[chapter] = Job(
             chapter, notebook, output, output.with_suffix(".json"), parameters, needs, row.get("seconds", 30.0)
         )
-    for job in jobs.values():
-        if not job.notebook.exists():
-            raise PipelineError(f"{path}: there is no notebook {job.notebook}")
     return Profile(name, matrix.get("label", ""), jobs, seeds, root)
 
 
@@ -245,10 +249,10 @@ def execute(job: Job, profile: Profile) -> None:
     checkpoints.write_json(job.result, record | {"environment": provenance.environment()})
 
 
-def check_parameters(notebook: nbformat.NotebookNode, job: Job) -> None:
-    """Refuse parameters that the notebook's `parameters` cell does not have: papermill would silently ignore them."""
+def parameter_names(notebook: nbformat.NotebookNode) -> set[str]:
+    """The names that the notebook's `parameters` cell assigns."""
     cells = [cell.source for cell in notebook.cells if "parameters" in cell.metadata.get("tags", [])]
-    known = {
+    return {
         name.id
         for cell in cells
         for statement in ast.parse(cell).body
@@ -256,6 +260,11 @@ def check_parameters(notebook: nbformat.NotebookNode, job: Job) -> None:
         for name in ast.walk(statement)
         if isinstance(name, ast.Name) and isinstance(name.ctx, ast.Store)
     }
+
+
+def check_parameters(notebook: nbformat.NotebookNode, job: Job) -> None:
+    """Refuse parameters that the notebook's `parameters` cell does not have: papermill would silently ignore them."""
+    known = parameter_names(notebook)
     unknown = sorted(set(job.parameters) - known)
     if unknown:
         raise PipelineError(

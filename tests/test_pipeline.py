@@ -258,6 +258,19 @@ def test_seeds_replace_those_of_the_matrix(project):
     assert profile.jobs["tiny-seed7"].parameters["config"]["seed"] == 7
 
 
+def test_a_chapter_gets_the_seeds_of_its_runs_if_it_asks_for_them(project):
+    root, matrix = project
+    matrix["runs"] = [{"name": "tiny", "seeds": [4, 2]}, {"name": "other", "seeds": [2, 5]}]
+    matrix["chapters"][1]["needs"] = ["tiny", "other"]
+    write_matrix(root, matrix)
+    path = root / "book" / "reader.md"
+    path.write_text(path.read_text().replace('profile = ""', 'profile, seed, seeds = "", 0, [0]'))
+    chapters = pipeline.load_profile("quick", root=root).jobs
+    assert chapters["reader"].parameters == {"profile": "quick", "seed": 2, "seeds": [4, 2, 5]}
+    assert chapters["alone"].parameters == {"profile": "quick"}
+    assert pipeline.load_profile("quick", [3], root).jobs["reader"].parameters["seed"] == 3
+
+
 def whole_pipeline(root, *arguments, **environment):
     """The real command, with the pipeline of the project copied beside its notebooks."""
     shutil.copy(ROOT / "papermill_runs" / "pipeline.py", root / "papermill_runs")
