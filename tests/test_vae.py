@@ -149,7 +149,9 @@ def test_weights_of_draws_average_to_p(new_system, kind, images):
     torch.testing.assert_close(elbo, weight.log() + log_p)
     assert elbo.mean() < log_p
     kl = (draw.log_q - vae.log_normal(draw.e)).mean()
-    assert abs(draw.kl.mean() - kl) < 4 * (draw.log_q - vae.log_normal(draw.e) - draw.kl).std() / len(weight) ** 0.5 + 1e-9
+    assert (
+        abs(draw.kl.mean() - kl) < 4 * (draw.log_q - vae.log_normal(draw.e) - draw.kl).std() / len(weight) ** 0.5 + 1e-9
+    )
     torch.testing.assert_close(draw.decode(), system.decode(draw.e))
 
 
@@ -315,14 +317,14 @@ def test_imputation_finds_the_mean_of_the_posterior_given_what_is_observed(linea
     single = linear_posterior(n=1)
     system, _ = linear_vae(single)
     mask = torch.ones_like(single.x)
-    mask[:, :2] = 0
+    mask[:, 3] = 0
     exact = srlib.ClosedForm(srlib.Posterior(system.generator, single.x, single.sigma, mask))
     e = system.infer(single.x.expand(20_000, -1, -1, -1), mask, generator(0))
     error = e.std(0) / len(e) ** 0.5
     mean = exact.posterior_moments()[0][0]
     assert ((e.mean(0) - mean).abs() < 4.5 * error).all()
     unmasked = srlib.ClosedForm(single).posterior_moments()[0][0]
-    assert ((e.mean(0) - unmasked).abs() > 20 * error).any()
+    assert ((e.mean(0) - unmasked).abs() > 9 * error).any()
 
 
 @pytest.mark.parametrize(
