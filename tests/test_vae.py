@@ -131,20 +131,20 @@ def test_weights_of_draws_average_to_p(new_system, kind, images):
         for p in system.parameters():  # nothing at its first value, which may be zero
             p += 0.05 * torch.randn(p.shape, generator=generator(p.numel()), dtype=p.dtype).to(p)
     x = system.as_input(images[:1]) * 0.3
-    axis = torch.linspace(-6, 6, 49, dtype=x.dtype, device=x.device)
+    axis = torch.linspace(-5, 5, 33, dtype=x.dtype, device=x.device)
     grid = torch.cartesian_prod(axis, axis)
 
     def log_joint(e):
         with torch.no_grad():
             return srlib.Posterior(system.generator, x.expand(len(e), -1, -1, -1), 3.0).log_joint(e)
 
-    log_p = log_joint(grid).logsumexp(0) + 2 * math.log(12 / 48)
-    many = x.expand(1500, -1, -1, -1)
+    log_p = log_joint(grid).logsumexp(0) + 2 * math.log(10 / 32)
+    many = x.expand(500, -1, -1, -1)
     with torch.no_grad():
         draw = system.draw(many, generator(0))
     weight = (log_joint(draw.e) - draw.log_q - log_p).exp()
     error = weight.std() / len(weight) ** 0.5
-    assert error < 0.08 and abs(weight.mean() - 1) < 4 * error
+    assert error < 0.1 and abs(weight.mean() - 1) < 4 * error
     elbo = system.elbo(many, rng=generator(0))
     torch.testing.assert_close(elbo, weight.log() + log_p)
     assert elbo.mean() < log_p
