@@ -13,8 +13,8 @@ called FD-<name> ("fd_<name>"), never FID. The Fréchet distance is biased upwar
 - it is refused for fewer than `IMAGES_PER_DIMENSION` images for each feature dimension, and KID is given alone;
 - its limit for infinitely many images is extrapolated linearly in 1 / n (Chong & Forsyth 2020), see `frechet_bias`.
 
-Our networks (`NETWORKS`, those whose file is in weights/) are trained by benchmarks/feature_networks.py; how, on what and how well stands
-in the metadata of the file (`network_metadata`). Their features have mean 0 and variance 1 over the
+Our networks (`NETWORKS`, those whose file is in weights/) are trained by benchmarks/feature_networks.py; how, on what and
+how well stands in the metadata of the file (`network_metadata`). Their features have mean 0 and variance 1 over the
 training images.
 """
 
