@@ -19,7 +19,7 @@ PIPELINE := $(BIN)/python papermill_runs/pipeline.py
 # run-all computes the quick preview unless told otherwise; book and serve show the results that are committed.
 RUN_PROFILE := $(or $(PROFILE),quick)
 BOOK_PROFILE := $(or $(PROFILE),digits)
-WITH_SEEDS := $(if $(SEEDS),--seeds $(SEEDS))
+WITH_SEEDS := $(if $(SEEDS),--seeds '$(SEEDS)')
 
 .PHONY: help setup run-all book serve test test-gpu lint lock clean
 
@@ -50,6 +50,8 @@ book: $(READY)  ## build the HTML book from the results of PROFILE, running noth
 	@$(PIPELINE) book $(BOOK_PROFILE) $(WITH_SEEDS)
 
 serve: book  ## build the book and show it at http://localhost:8000
+	@$(BIN)/python -c 'import socket; socket.create_server(("127.0.0.1", 8000)).close()' 2>/dev/null || \
+	  { echo "port 8000 is taken: stop what uses it, or open book/_build/$(BOOK_PROFILE)/html/index.html in a browser"; exit 1; }
 	@$(BIN)/python -m http.server --bind 127.0.0.1 --directory book/_build/$(BOOK_PROFILE)/html 8000
 
 test: $(READY)  ## all tests, on all cores

@@ -23,6 +23,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
@@ -33,13 +34,14 @@ import jupytext
 import nbformat
 import yaml
 
-from srlib import checkpoints, data, experiment, provenance
+from srlib import checkpoints, data, experiment, provenance, training
 
 ROOT = Path(__file__).resolve().parent.parent
-PROFILES = ("quick", "digits", "reference", "paper")
 THEBE = re.compile(r"<script[^>]*>[^<]*THEBE_JS_URL[^<]*</script>|<script[^>]*sphinx-thebe\.js[^>]*></script>")
 # Each job computes with one thread, so that its result does not depend on how many run side by side.
 ONE_THREAD = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), "1")
+STARTED_BY = "SRLIB_PIPELINE_PID"  # tells a job which process to end with
+DIVERGED = ("DivergenceError", "FloatingPointError")  # errors that are a result: the same run would end so again
 
 
 class PipelineError(Exception):
@@ -73,6 +75,12 @@ class Profile:
         return self.root / "papermill_runs" / self.name
 
     @property
+    def command(self) -> str:
+        """What makes the results of this profile."""
+        seeds = f" SEEDS={','.join(map(str, self.seeds))}" if self.seeds is not None else ""
+        return f"make run-all PROFILE={self.name}{seeds}"
+
+    @property
     def runs(self) -> list[Job]:
         return [job for job in self.jobs.values() if job.config is not None]
 
@@ -84,24 +92,29 @@ class Profile:
 def load_profile(name: str, seeds: list[int] | None = None, root: Path = ROOT) -> Profile:
     """The jobs of papermill_runs/NAME.yaml; every configuration in it is checked before anything starts."""
     path = root / "papermill_runs" / f"{name}.yaml"
-    if not path.exists():
-        raise PipelineError(f"unknown profile {name!r}; there are: {', '.join(PROFILES)}")
+    if not re.fullmatch(r"[\w-]+", name) or not path.exists():
+        known = sorted(found.stem for found in path.parent.glob("*.yaml"))
+        raise PipelineError(f"unknown profile {name!r}; there are: {', '.join(known)}")
     try:
         matrix = checkpoints.read_yaml(path)
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise PipelineError(f"{path}: {error}") from error
-    _refuse_unknown(path, matrix, {"label", "defaults", "runs", "chapters"})
+    _check_mapping(path, matrix, {"label", "defaults", "runs", "chapters"})
+    defaults = _entry(path, matrix, "defaults", {}, dict)
     folder, jobs = root / "papermill_runs" / name, {}
-    for row in matrix.get("runs") or []:
-        row = dict(row)
-        own_seeds, seconds = row.pop("seeds", [0]), row.pop("seconds", 60.0)
+    for row in _entry(path, matrix, "runs", [], list):
+        _check_mapping(path, row, None)
+        seconds = _entry(path, row, "seconds", 60.0, (int, float))
+        own_seeds = _entry(path, row, "seeds", [0], list)
+        given = {entry: value for entry, value in row.items() if entry not in ("seeds", "seconds")}
         for seed in seeds if seeds is not None else own_seeds:
-            entries = {**(matrix.get("defaults") or {}), **row, "seed": seed}
             try:
-                config = experiment.Config.from_dict(entries)
+                config = experiment.Config.from_dict({**defaults, **given, "seed": seed})
             except ValueError as error:
                 raise PipelineError(f"{path}, run {row.get('name')!r}: {error}") from error
             run = f"{config.name}-seed{seed}"
+            if run in jobs:
+                raise PipelineError(f"{path}: two runs are named {run!r}, and would write one directory")
             here = folder / run
             parameters = {
                 "config": json.loads(json.dumps(asdict(config))),
@@ -109,36 +122,55 @@ def load_profile(name: str, seeds: list[int] | None = None, root: Path = ROOT) -
             }
             notebook = root / "papermill_runs" / "train.md"
             jobs[run] = Job(run, notebook, here / "train.ipynb", here / "job.json", parameters, (), seconds, config)
-    for row in matrix.get("chapters") or []:
-        _refuse_unknown(path, row, {"notebook", "needs", "seconds"})
-        chapter, wanted = row["notebook"], row.get("needs") or []
-        needs = tuple(job for job in jobs for name in wanted if job.rpartition("-seed")[0] == name)
-        if len({job.rpartition("-seed")[0] for job in needs}) != len(set(wanted)):
-            raise PipelineError(f"{path}, chapter {chapter!r} needs {wanted}; the runs are {[*jobs]}")
+    for row in _entry(path, matrix, "chapters", [], list):
+        _check_mapping(path, row, {"notebook", "needs", "seconds"})
+        chapter, wanted = _entry(path, row, "notebook", "", str), _entry(path, row, "needs", [], list)
         output, notebook = folder / "book" / f"{chapter}.ipynb", root / "book" / f"{chapter}.md"
-        if not notebook.exists():
-            raise PipelineError(f"{path}: there is no notebook {notebook}")
+        if not re.fullmatch(r"[\w-]+", chapter) or not notebook.exists():
+            raise PipelineError(f"{path}, chapter {chapter!r}: there is no notebook {notebook}")
+        needs = tuple(job for job in jobs for name in wanted if job.rpartition("-seed")[0] == name)
+        if len({job.rpartition("-seed")[0] for job in needs}) != len(wanted):
+            raise PipelineError(f"{path}, chapter {chapter!r} needs {wanted}; the runs are {[*jobs]}")
         # a chapter gets those of these that it has: the seeds of its runs, and the first that all of them have
         seeds_used = list(dict.fromkeys(jobs[run].config.seed for run in needs))
         shared = [seed for seed in seeds_used if all(f"{run}-seed{seed}" in jobs for run in wanted)]
         offered = {"seeds": seeds_used, **({"seed": shared[0]} if shared else {})}
         known = parameter_names(jupytext.read(notebook))
         parameters = {"profile": name} | {entry: value for entry, value in offered.items() if entry in known}
-        jobs[chapter] = Job(
-            chapter, notebook, output, output.with_suffix(".json"), parameters, needs, row.get("seconds", 30.0)
-        )
-    return Profile(name, matrix.get("label", ""), jobs, seeds, root)
+        seconds = _entry(path, row, "seconds", 30.0, (int, float))
+        jobs[chapter] = Job(chapter, notebook, output, output.with_suffix(".json"), parameters, needs, seconds)
+    return Profile(name, _entry(path, matrix, "label", "", str), jobs, seeds, root)
+
+
+def _check_mapping(path: Path, row: Any, known: set[str] | None) -> None:
+    if not isinstance(row, dict):
+        raise PipelineError(f"{path}: {row!r} must be a mapping of names to values")
+    unknown = {str(entry) for entry in row if known is not None and entry not in known}
+    if unknown:
+        raise PipelineError(f"{path}: unknown entry {', '.join(sorted(unknown))}; known: {', '.join(sorted(known))}")
+
+
+def _entry(path: Path, row: dict[str, Any], name: str, default: Any, kind: type | tuple[type, ...]) -> Any:
+    """row[name], of the kind that is meant; `default` where it is left out or left empty."""
+    value = row.get(name)
+    if value is None:
+        return default
+    if isinstance(value, bool) or not isinstance(value, kind):
+        wanted = {dict: "a mapping", list: "a list", str: "text"}.get(kind, "a number")
+        raise PipelineError(f"{path}: {name}: {value!r} must be {wanted}")
+    return value
 
 
 def key(job: Job, profile: Profile) -> str:
     """The hash of everything that the job's result depends on."""
     notebook = jupytext.read(job.notebook)
     cells = [cell.source for cell in notebook.cells if cell.cell_type == "code"]
-    read = [profile.jobs[run] for run in job.needs if not not_run(profile.jobs[run])]
+    read = [profile.jobs[run] for run in job.needs if not absence(profile.jobs[run])]
     # which system a notebook builds is said by its configuration, or by those of the runs that it reads, not by its text
     systems = {run.config.system for run in (job, *read) if run.config is not None}
     modules = {*provenance.notebook_modules(cells), *(name for s in systems for name in experiment.modules(s))}
     results = [checkpoints.read_json(run.output.with_name("metrics.json"))["checksum"] for run in read]
+    results += [f"{run} diverged" for run in job.needs if diverged(profile.jobs[run])]
     parts = [
         job.notebook.read_text(),
         json.dumps(job.parameters, sort_keys=True),
@@ -152,6 +184,21 @@ def not_run(job: Job) -> str | None:
     """Why a run could not be made on this machine, or None."""
     path = job.output.with_name("not_run.json")
     return checkpoints.read_json(path)["reason"] if job.config is not None and path.exists() else None
+
+
+def diverged(job: Job) -> str | None:
+    """With what message a run diverged, or None. With another configuration or other sources it is to be tried again."""
+    path = job.output.with_name("diverged.json")
+    if job.config is None or not path.exists():
+        return None
+    record = checkpoints.read_json(path)
+    return record["reason"] if record["key"] == training_key(job) else None
+
+
+def absence(job: Job) -> str | None:
+    """Why there is no result although nothing went wrong, or None."""
+    reasons = {"not run": not_run(job), "diverged": diverged(job)}
+    return next((f"{word}: {reason}" for word, reason in reasons.items() if reason), None)
 
 
 def up_to_date(job: Job, profile: Profile) -> bool:
@@ -207,6 +254,11 @@ def record_not_run(job: Job, reason: str) -> None:
 
 def execute(job: Job, profile: Profile) -> None:
     """Execute one job with papermill. The result appears whole or not at all; a failed notebook is kept as *.failed.ipynb."""
+    with locked(profile.folder / "logs" / f"{job.name}.lock", f"{job.name} is being executed by another process"):
+        _execute(job, profile)
+
+
+def _execute(job: Job, profile: Profile) -> None:
     import papermill
 
     wanted, started = key(job, profile), time.monotonic()
@@ -235,10 +287,23 @@ def execute(job: Job, profile: Profile) -> None:
         )
     except papermill.PapermillExecutionError as error:
         if error.ename == data.DatasetUnavailable.__name__:
+            partial.unlink()
+            if not training.resume_file(job.output.parent).exists():
+                begun.unlink(missing_ok=True)
             record_not_run(job, error.evalue)
             return
+        if job.config is not None and error.ename in DIVERGED:
+            shutil.rmtree(job.output.parent)
+            job.output.parent.mkdir()
+            record = {"reason": error.evalue, "key": training_key(job)}
+            checkpoints.write_json(job.output.with_name("diverged.json"), record)
+            return
         partial.replace(failed)
-        raise PipelineError(f"{job.name}: {error.ename}: {error.evalue} (see {failed})") from error
+        without = [f"{run} {reason}" for run in job.needs if (reason := absence(profile.jobs[run]))]
+        raise PipelineError(
+            f"{job.name}: {error.ename}: {error.evalue} (see {failed})"
+            + "".join(f"\nit reads a run without result: {text}" for text in without)
+        ) from error
     finally:
         source.unlink(missing_ok=True)
     executed = without_machine_traces(nbformat.read(partial, as_version=4))
@@ -293,25 +358,23 @@ def without_machine_traces(notebook: nbformat.NotebookNode) -> nbformat.Notebook
 
 def run(profile: Profile, n_jobs: int, only: list[str]) -> list[str]:
     """Bring all jobs up to date, `n_jobs` at a time; returns the names of those that failed."""
-    unknown = set(only) - set(profile.jobs)
-    if unknown:
-        raise PipelineError(
-            f"no such run or chapter: {', '.join(sorted(unknown))}; there are: {', '.join(profile.jobs)}"
-        )
+    check_names(only, profile)
+    launch = launch_words()
     chosen = [job for name, job in profile.jobs.items() if not only or name in only]
     # a run's result decides the keys of the chapters that read it, so runs come first
-    absent = [job for job in chosen if not_run(job) and still_absent(job)]
+    absent = [job for job in chosen if diverged(job) or (not_run(job) and still_absent(job))]
     stale = [job for job in chosen if job not in absent and (not_run(job) or not up_to_date(job, profile))]
     stale = [job for job in chosen if job in stale or any(profile.jobs[n] in stale for n in job.needs)]
     n_done = len(chosen) - len(stale) - len(absent)
     print(f"{profile.name}: {n_done} of {len(chosen)} jobs are up to date, {len(stale)} to run", flush=True)
     for job in absent:
-        print(f"{job.name}  not run: {not_run(job)}", flush=True)
+        print(f"{job.name}  {absence(job)}", flush=True)
     waiting = sorted(stale, key=lambda job: (job.config is None, -_expected(job)))
     logs, started = profile.folder / "logs", time.monotonic()
     logs.mkdir(parents=True, exist_ok=True)
     running: dict[str, tuple[Job, subprocess.Popen, float]] = {}
-    finished, failed = set(), []
+    finished, failed, missing = set(), [], set()  # missing: datasets that are not there
+    before = {job.name: _outcome(job) for job in stale}
     try:
         while waiting or running:
             for job in list(waiting):
@@ -322,14 +385,14 @@ def run(profile: Profile, n_jobs: int, only: list[str]) -> list[str]:
                     print(f"{job.name}  not started: {', '.join(blocked)} failed", flush=True)
                 elif len(running) < n_jobs and not any(profile.jobs[n] in waiting or n in running for n in job.needs):
                     waiting.remove(job)
-                    command = [*shlex.split(os.environ.get("LAUNCH", "")), sys.executable, __file__, "execute"]
+                    command = [*launch, sys.executable, __file__, "execute"]
                     seeds = ["--seeds", ",".join(map(str, profile.seeds))] if profile.seeds is not None else []
                     with (logs / f"{job.name}.log").open("wb") as log:
                         child = subprocess.Popen(
                             [*command, profile.name, job.name, *seeds],
                             stdout=log,
                             stderr=log,
-                            env={**os.environ, **ONE_THREAD},
+                            env={**os.environ, **ONE_THREAD, STARTED_BY: str(os.getpid())},
                         )
                     running[job.name] = (job, child, time.monotonic())
                     print(f"[  -/{len(stale)}] {job.name}  started", flush=True)
@@ -340,14 +403,24 @@ def run(profile: Profile, n_jobs: int, only: list[str]) -> list[str]:
                 finished.add(name)
                 took, elapsed = time.monotonic() - begun, time.monotonic() - started
                 ahead = [max(0.0, _expected(j) - (time.monotonic() - b)) for j, _, b in running.values()]
-                ahead += [_expected(j) for j in waiting]
+                if not_run(job):
+                    missing.add(job.config.dataset)
+                ahead += [_expected(j) for j in waiting if j.config is None or j.config.dataset not in missing]
                 left = max([sum(ahead) / n_jobs, *ahead])
                 word = "done"
                 if child.returncode:
                     failed.append(name)
                     word = f"FAILED, see {logs / (name + '.log')},"
+                elif _outcome(job) == before[name]:
+                    failed.append(name)
+                    word = (
+                        "FAILED: the command came back without a result; LAUNCH must wait until it is done "
+                        "(srun, not sbatch),"
+                    )
                 elif not_run(job):
                     word = "not run (no data),"
+                elif diverged(job):
+                    word = "diverged,"
                 print(
                     f"[{len(finished):3d}/{len(stale)}] {name}  {word} in {took:.0f} s  "
                     f"(elapsed {_clock(elapsed)}, about {_clock(left)} left)",
@@ -356,19 +429,56 @@ def run(profile: Profile, n_jobs: int, only: list[str]) -> list[str]:
             time.sleep(0.1)
     except KeyboardInterrupt:
         print("stopping; what is finished stays, calling again goes on", flush=True)
+        raise SystemExit(130) from None
+    finally:
         for _, child, _ in running.values():
             child.terminate()
         for _, child, _ in running.values():
             child.wait()
-        raise SystemExit(130) from None
     return failed
 
 
+def check_names(names: list[str], profile: Profile) -> None:
+    unknown = sorted(set(names) - set(profile.jobs))
+    if unknown:
+        raise PipelineError(f"no such run or chapter: {', '.join(unknown)}; there are: {', '.join(profile.jobs)}")
+
+
+def launch_words() -> list[str]:
+    """The words of $LAUNCH, which are put before each job."""
+    text = os.environ.get("LAUNCH", "")
+    try:
+        words = shlex.split(text)
+    except ValueError as error:
+        raise PipelineError(f"LAUNCH={text!r} cannot be read: {error}") from error
+    if words and shutil.which(words[0]) is None:
+        raise PipelineError(f"LAUNCH={text!r}: there is no command {words[0]!r}")
+    return words
+
+
+def _outcome(job: Job) -> list[int]:
+    """What changes when a job has come to an end: the times at which its result, or why there is none, was written."""
+    paths = (job.result, *(job.output.with_name(f"{word}.json") for word in ("not_run", "diverged")))
+    return [path.stat().st_mtime_ns if path.exists() else 0 for path in paths]
+
+
+def end_with(parent: int) -> None:
+    """End this process when `parent`, which started it, is no more; its kernel then ends by itself."""
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(0.5)
+        os._exit(1)
+
+    if os.getppid() == parent:  # not through another command, such as srun, which has its own way
+        threading.Thread(target=watch, daemon=True).start()
+
+
 @contextlib.contextmanager
-def locked(profile: Profile) -> Iterator[None]:
-    """Only one `run` of a profile at a time."""
-    profile.folder.mkdir(parents=True, exist_ok=True)
-    with (profile.folder / ".lock").open("w") as lock:
+def locked(path: Path, refusal: str) -> Iterator[None]:
+    """Only one process at a time; the lock ends with its holder, however that ends."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w") as lock:
         try:
             import fcntl
 
@@ -376,9 +486,7 @@ def locked(profile: Profile) -> Iterator[None]:
         except ImportError:  # Windows has no such lock
             pass
         except OSError:
-            raise PipelineError(
-                f"another run-all of the profile {profile.name} is at work; wait for it or stop it"
-            ) from None
+            raise PipelineError(f"{refusal}; wait for it or stop it") from None
         yield
 
 
@@ -386,21 +494,31 @@ def build_book(profile: Profile) -> Path:
     """Check all results, put the book together from executed notebooks and build it; returns index.html."""
     book, target = profile.root / "book", profile.root / "book" / "_build" / profile.name
     source = target / "source"
-    shutil.rmtree(source, ignore_errors=True)
-    shutil.copytree(book, source, ignore=shutil.ignore_patterns("_build", "*.ipynb", ".ipynb_checkpoints"))
-    made = [job for job in profile.jobs.values() if not not_run(job)]
+    made = [job for job in profile.jobs.values() if not absence(job)]
+    without = [job.name for job in made if not job.result.exists()]
+    if len(without) == len(profile.jobs):
+        raise PipelineError(f"the profile {profile.name} has no results yet; {profile.command} makes them")
+    if without:
+        raise PipelineError(f"there is no result of {', '.join(without)}; {profile.command} makes what is missing")
     for job in made:
-        verify(job)
+        try:
+            verify(job)
+        except (PipelineError, checkpoints.CheckpointError) as error:
+            raise PipelineError(f"{error}; {profile.command} makes it again") from error
     older = [job.name for job in made if not current(job, profile)]
     if older:
-        print(f"made from older sources: {', '.join(older)}; make run-all PROFILE={profile.name} makes them again")
+        print(f"made from older sources: {', '.join(older)}; {profile.command} makes them again")
+    shutil.rmtree(source, ignore_errors=True)
+    shutil.copytree(book, source, ignore=shutil.ignore_patterns("_build", "*.ipynb", ".ipynb_checkpoints"))
     for job in profile.chapters:
         (source / f"{job.name}.md").unlink()
         shutil.copy(job.output, source / f"{job.name}.ipynb")
     for page in source.glob("*.md"):
         if "kernelspec:" in (text := page.read_text()):  # a chapter that this profile does not execute
             title = next(line for line in text.splitlines() if line.startswith("# "))
-            page.write_text(f"{title}\n\nThe profile `{profile.name}` has no results of this chapter; `quick` has.\n")
+            told = f"The profile `{profile.name}` has no results of this chapter; `quick` has."
+            equations = re.findall(r"^```\{math\}\n:label:.*?^```$", text, re.S | re.M)  # other chapters refer to them
+            page.write_text("\n\n".join([title, told, *equations]) + "\n")
     (source / "runs").mkdir()
     shown = [job for job in profile.runs if job.output.exists()]
     for job in shown:
@@ -441,7 +559,7 @@ def verify(job: Job) -> None:
     """A result that is missing or was edited stops the build with its name."""
     done = checkpoints.read_json(job.result)
     if not job.output.exists() or done["notebook"] != provenance.file_hash(job.output):
-        raise PipelineError(f"{job.output} is missing or was edited; make run-all makes it again")
+        raise PipelineError(f"{job.output} is missing or was edited")
     if job.config is not None:
         experiment.verified_metrics(job.output.parent)
 
@@ -465,18 +583,18 @@ def runs_page(profile: Profile) -> str:
         "",
         f"Profile `{profile.name}`. {profile.label}",
         "",
-        "| run | dataset | seed | updates | test MSE | training time | processor | sources |",
+        "| run | dataset | seed | updates | MSE | training time | processor | sources |",
         "|---|---|---|---|---|---|---|---|",
     ]
     for job in profile.runs:
-        if not_run(job):
-            lines.append(f"| {job.name} | {job.config.dataset} | {job.config.seed} | | not run: {not_run(job)} | | | |")
+        if reason := absence(job):
+            lines.append(f"| {job.name} | {job.config.dataset} | {job.config.seed} | | {reason} | | | |")
             continue
         metrics = checkpoints.read_json(job.output.with_name("metrics.json"))
         scores, config = metrics["scores"], metrics["config"]
         lines.append(
             f"| [{job.name}](runs/{job.name}) | {config['dataset']} | {config['seed']} | {config['n_updates']} "
-            f"| {scores['mse']:.4f} ± {scores['mse_standard_error']:.4f} ({scores['n_images']} images) "
+            f"| {scores['mse']:.4f} ± {scores['mse_standard_error']:.4f} ({scores['n_images']} {scores['split']} images) "
             f"| {metrics['seconds']['training']:.0f} s | {metrics['environment']['processor']} | {_sources(job, profile)} |"
         )
     lines += ["", "MSE is per pixel on $[-1, 1]$, with its standard error over images.", "", "## Chapters", ""]
@@ -492,12 +610,6 @@ def _sources(job: Job, profile: Profile) -> str:
     return "current" if current(job, profile) else "**changed since**"
 
 
-def _refuse_unknown(path: Path, row: dict[str, Any], known: set[str]) -> None:
-    unknown = set(row) - known
-    if unknown:
-        raise PipelineError(f"{path}: unknown entry {', '.join(sorted(unknown))}; known: {', '.join(sorted(known))}")
-
-
 def _expected(job: Job) -> float:
     """Seconds that the job took last time, or what the matrix says."""
     with contextlib.suppress(checkpoints.CheckpointError):
@@ -507,6 +619,12 @@ def _expected(job: Job) -> float:
 
 def _clock(seconds: float) -> str:
     return f"{int(seconds) // 60}:{int(seconds) % 60:02d}"
+
+
+def seed_list(text: str) -> list[int]:
+    if not re.fullmatch(r"\s*\d+\s*(,\s*\d+\s*)*", text):
+        raise argparse.ArgumentTypeError(f"{text!r} must be whole numbers with commas between them, such as 0,1,2")
+    return list(dict.fromkeys(map(int, text.split(","))))
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -520,7 +638,7 @@ def main(arguments: list[str] | None = None) -> int:
             sub.add_argument("--only", nargs="*", default=[])
         if command == "execute":
             sub.add_argument("name")
-        sub.add_argument("--seeds", type=lambda text: [int(s) for s in text.split(",")])
+        sub.add_argument("--seeds", type=seed_list)
     given = parser.parse_args(arguments)
     if os.environ.get("SRLIB_DATA"):  # notebooks are executed in their own folders
         os.environ["SRLIB_DATA"] = str(Path(os.environ["SRLIB_DATA"]).absolute())
@@ -530,13 +648,15 @@ def main(arguments: list[str] | None = None) -> int:
             print(f"the book is at {build_book(profile)}")
             return 0
         if given.command == "execute":
+            check_names([given.name], profile)
+            end_with(int(os.environ.get(STARTED_BY, 0)))
             execute(profile.jobs[given.name], profile)
             return 0
         if given.jobs < 1:
             raise PipelineError(f"--jobs {given.jobs}: at least one job at a time")
         # stopped by a batch system as by Ctrl-C: the children are stopped too
         signal.signal(signal.SIGTERM, signal.default_int_handler)
-        with locked(profile):
+        with locked(profile.folder / ".lock", f"another run-all of the profile {profile.name} is at work"):
             failed = run(profile, given.jobs, given.only)
         if failed:
             print(

@@ -219,12 +219,127 @@ def test_mistyped_names_are_refused_before_anything_starts(project):
         ({"chapters": [{"notebook": "alone", "need": []}]}, "unknown entry need"),
         ({"chapters": [{"notebook": "alone", "needs": ["tinny"]}]}, "needs"),
         ({"chapters": [{"notebook": "nowhere"}]}, "there is no notebook"),
+        ({"chapters": [{"notebook": "../book/alone"}]}, "there is no notebook"),
+        ({"chapters": [{"needs": ["tiny"]}]}, "there is no notebook"),
+        ({"chapters": ["alone"]}, "'alone' must be a mapping"),
+        ({"runs": 3}, "runs: 3 must be a list"),
+        ({"runs": ["a"]}, "'a' must be a mapping"),
+        ({"runs": [{"name": "../tiny"}]}, "it names a directory"),
+        ({"runs": [{"name": "tiny", "seeds": 3}]}, "seeds: 3 must be a list"),
+        ({"runs": [{"name": "tiny", "seconds": "fast"}]}, "seconds: 'fast' must be a number"),
+        ({"runs": [{"name": "tiny"}, {"name": "tiny"}]}, "two runs are named 'tiny-seed0'"),
+        ({"defaults": [1]}, r"defaults: \[1\] must be a mapping"),
     ]:
         write_matrix(root, matrix | change)
         with pytest.raises(pipeline.PipelineError, match=message):
             pipeline.load_profile("quick", root=root)
-    with pytest.raises(pipeline.PipelineError, match="unknown profile 'quik'"):
-        pipeline.load_profile("quik", root=root)
+    for text, message in [("", "None must be a mapping"), ("runs: [", r"quick\.yaml: while parsing")]:
+        (root / "papermill_runs" / "quick.yaml").write_text(text)
+        with pytest.raises(pipeline.PipelineError, match=message):
+            pipeline.load_profile("quick", root=root)
+    for name in ("quik", "../papermill_runs/quick"):
+        with pytest.raises(pipeline.PipelineError, match=f"unknown profile '{name}'; there are: quick"):
+            pipeline.load_profile(name, root=root)
+
+
+def test_seeds_are_whole_numbers():
+    assert pipeline.seed_list("0, 1") == [0, 1] and pipeline.seed_list("2,2") == [2]
+    for text in ("a", "0,", "-1", ""):
+        with pytest.raises(pipeline.argparse.ArgumentTypeError, match="must be whole numbers"):
+            pipeline.seed_list(text)
+
+
+def test_a_launcher_that_cannot_start_or_does_not_wait_is_named(project, monkeypatch, capsys):
+    root, matrix = project
+    write_matrix(root, matrix | {"chapters": []})
+    profile = pipeline.load_profile("quick", root=root)
+    for launch, message in [("nowhere -n", "no command 'nowhere'"), ("'", "cannot be read"), ("/", "no command '/'")]:
+        monkeypatch.setenv("LAUNCH", launch)
+        with pytest.raises(pipeline.PipelineError, match=message):
+            pipeline.run(profile, 1, [])
+    monkeypatch.setenv("LAUNCH", "true")
+    assert pipeline.run(profile, 1, []) == ["tiny-seed0"]
+    assert "LAUNCH must wait until it is done" in capsys.readouterr().out
+
+
+def test_any_error_ends_what_is_running(project, monkeypatch):
+    root, matrix = project
+    write_matrix(root, matrix | {"chapters": []})
+    (root / "sleep").write_text("#!/bin/sh\nexec sleep 60\n")
+    (root / "sleep").chmod(0o755)
+    monkeypatch.setenv("LAUNCH", str(root / "sleep"))
+    children, popen = [], subprocess.Popen
+
+    def start(*given, **options):
+        children.append(popen(*given, **options))
+        return children[-1]
+
+    def fail(seconds):
+        raise OSError("no more")
+
+    monkeypatch.setattr(pipeline.subprocess, "Popen", start)
+    monkeypatch.setattr(pipeline.time, "sleep", fail)
+    with pytest.raises(OSError, match="no more"):
+        pipeline.run(pipeline.load_profile("quick", root=root), 1, [])
+    assert children[0].returncode is not None
+
+
+def test_a_job_is_executed_by_one_process(project, without_kernels):
+    root, _ = project
+    profile = pipeline.load_profile("quick", root=root)
+    with (
+        pipeline.locked(profile.folder / "logs" / "alone.lock", "busy"),
+        pytest.raises(pipeline.PipelineError, match="alone is being executed by another process"),
+    ):
+        pipeline.execute(profile.jobs["alone"], profile)
+    pipeline.execute(profile.jobs["alone"], profile)
+
+
+def test_a_job_ends_with_the_process_that_started_it(tmp_path):
+    job = "import os, pipeline, time; pipeline.end_with(os.getppid()); print(os.getpid(), flush=True); time.sleep(60)"
+    starter = f"import subprocess, sys, time; subprocess.Popen([sys.executable, '-c', {job!r}]); time.sleep(60)"
+    environment = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'papermill_runs'}"}
+    parent = subprocess.Popen([sys.executable, "-c", starter], stdout=subprocess.PIPE, env=environment)
+    assert int(parent.stdout.readline())
+    parent.kill()
+    parent.wait()
+    assert parent.stdout.read() == b""  # the end of file comes when the job, which holds the pipe too, has ended
+    parent.stdout.close()
+
+
+def test_a_run_that_diverges_is_a_result_until_its_configuration_changes(project, monkeypatch):
+    root, matrix = project
+
+    def diverge(*_, **__):
+        raise papermill.PapermillExecutionError(0, 0, "", "DivergenceError", "update 3: too long", [])
+
+    monkeypatch.setattr(papermill, "execute_notebook", diverge)
+    profile = pipeline.load_profile("quick", root=root)
+    job = profile.jobs["tiny-seed0"]
+    pipeline.execute(job, profile)
+    assert pipeline.absence(job) == "diverged: update 3: too long"
+    assert [path.name for path in job.output.parent.iterdir()] == ["diverged.json"]
+    assert "diverged: update 3" in pipeline.runs_page(replace(profile, jobs={job.name: job}))
+    monkeypatch.setattr(pipeline.subprocess, "Popen", None)  # nothing is started
+    assert pipeline.run(profile, 1, [job.name]) == []
+    monkeypatch.undo()
+    with_it = pipeline.key(profile.jobs["reader"], profile)
+    (job.output.parent / "diverged.json").rename(job.output.parent / "not_run.json")
+    assert pipeline.key(profile.jobs["reader"], profile) != with_it
+    (job.output.parent / "not_run.json").rename(job.output.parent / "diverged.json")
+    matrix["runs"][0]["n_updates"] = 4
+    write_matrix(root, matrix)
+    assert pipeline.absence(pipeline.load_profile("quick", root=root).jobs["tiny-seed0"]) is None
+
+
+def test_a_book_without_results_names_the_command_that_makes_them(project, without_kernels):
+    root, _ = project
+    profile = pipeline.load_profile("quick", [1], root)
+    with pytest.raises(pipeline.PipelineError, match="no results yet; make run-all PROFILE=quick SEEDS=1 makes them"):
+        pipeline.build_book(profile)
+    pipeline.execute(profile.jobs["alone"], profile)
+    with pytest.raises(pipeline.PipelineError, match="no result of tiny-seed1, reader; make run-all PROFILE=quick"):
+        pipeline.build_book(profile)
 
 
 def test_a_parameter_that_the_notebook_does_not_have_is_refused(project):
@@ -303,6 +418,6 @@ def test_a_failure_stops_nothing_else_and_missing_data_is_no_failure(project):
 
 def test_two_at_once_get_a_clear_message(project):
     root, _ = project
-    with pipeline.locked(pipeline.load_profile("quick", root=root)):
+    with pipeline.locked(root / "papermill_runs/quick/.lock", "another run-all"):
         done = whole_pipeline(root)
     assert done.returncode == 1 and "another run-all of the profile quick is at work" in done.stderr
