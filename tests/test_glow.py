@@ -84,10 +84,9 @@ def test_a_split_is_inverted_and_its_log_determinant_is_that_of_autograd(dtype, 
     z, h = torch.randn(2, 3, 2, 2, 2, dtype=dtype, generator=torch.Generator().manual_seed(2)).to(device)
     e, log_det = split(z, h)
     torch.testing.assert_close(split.inverse(e, h), z, rtol=0, atol=EXACT[dtype])
-    for i in range(3):
-        jacobian = torch.autograd.functional.jacobian(lambda v: split(v[None], h[i : i + 1])[0].flatten(), z[i])
-        expected = torch.linalg.slogdet(jacobian.reshape(8, 8)).logabsdet
-        torch.testing.assert_close(log_det[i], expected, rtol=1e-4, atol=EXACT[dtype])
+    jacobian = torch.autograd.functional.jacobian(lambda v: split(v, h)[0].flatten(1), z)
+    expected = torch.stack([torch.linalg.slogdet(jacobian[i, :, i].reshape(8, 8)).logabsdet for i in range(3)])
+    torch.testing.assert_close(log_det, expected, rtol=1e-4, atol=EXACT[dtype])
 
 
 @COUPLINGS
@@ -110,11 +109,11 @@ def test_the_log_determinant_of_the_whole_is_that_of_autograd(coupling, learntop
 @pytest.mark.parametrize("shape, n_levels", [((1, 28, 28), 2), ((3, 32, 32), 3)])
 def test_the_whole_is_inverted_before_and_after_training(coupling, dtype, shape, n_levels, device):
     torch.manual_seed(0)
-    system = glow.Glow(glow.FlowGenerator(shape, n_levels, depth=3, width=12, coupling=coupling)).to(device, dtype)
-    images = random_images(8, shape)
+    system = glow.Glow(glow.FlowGenerator(shape, n_levels, depth=2, width=8, coupling=coupling)).to(device, dtype)
+    images = random_images(4, shape)
     x = system.as_input(images).to(dtype)
-    e = torch.randn(8, system.generator.latent_dim, dtype=dtype, generator=torch.Generator().manual_seed(1)).to(device)
-    for n_updates in (0, 3):
+    e = torch.randn(4, system.generator.latent_dim, dtype=dtype, generator=torch.Generator().manual_seed(1)).to(device)
+    for n_updates in (0, 2):
         if n_updates:
             fit(system, images, n_updates, learning_rates=(1e-2,))
             disturbed(system.generator, scale=0.01)
@@ -157,37 +156,38 @@ def test_with_couplings_that_do_nothing_and_fitted_actnorm_it_is_the_gaussian_of
     mean, std = channels.mean((0, 2, 3), keepdim=True), channels.std((0, 2, 3), keepdim=True, correction=0)
     expected = torch.distributions.Normal(mean, std).log_prob(channels).flatten(1).sum(1)
     torch.testing.assert_close(system.log_prob(x), expected)
-    affine = glow.Glow(flow((3, 6, 6), n_levels=1, depth=1, coupling="affine")).double()
-    affine.generator.initialise(x)  # half the channels are times sigmoid(2), and count so in the density
-    e, _ = affine.generator.inverse(x)
-    std = torch.cat([torch.ones(54), torch.full((54,), 1 / (1 + math.exp(-2)))]).double()
-    torch.testing.assert_close(e.std(0, correction=0).view(12, 9).mean(1), std.view(12, 9).mean(1), rtol=0.1, atol=0)
-    torch.testing.assert_close(
-        affine.log_prob(x) - system.log_prob(x),
-        54 * std[-1].log() + 0.5 * (e[:, 54:].square() * (std[-1] ** -2 - 1)).sum(1)
-        + (channels - mean).div(channels.std((0, 2, 3), keepdim=True, correction=0)).square().flatten(1).sum(1) / 2
-        - torch.cat([e[:, :54], e[:, 54:] / std[-1]], 1).square().sum(1) / 2,
-    )  # fmt: skip
+
+
+def test_an_affine_coupling_starts_as_a_scaling_by_sigmoid_2():
+    additive, affine = (flow((3, 6, 6), n_levels=1, depth=1, coupling=c).double() for c in glow.COUPLINGS)
+    affine.load_state_dict({k: v for k, v in additive.state_dict().items() if ".last." not in k}, strict=False)
+    x = torch.randn(5, 3, 6, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    (plain, plain_log_det), (scaled, log_det) = additive.inverse(x), affine.inverse(x)
+    s = 1 / (1 + math.exp(-2))
+    torch.testing.assert_close(scaled, torch.cat([plain[:, :54], s * plain[:, 54:]], 1))
+    torch.testing.assert_close(log_det, plain_log_det + 54 * math.log(s))
 
 
 @COUPLINGS
 def test_the_density_integrates_to_one(coupling):
     """Brute force over the four pixels of a 2x2 image."""
-    system = glow.Glow(disturbed(flow((1, 2, 2), n_levels=1, depth=3, coupling=coupling, learntop=True), scale=0.2))
-    axis, spacing = torch.linspace(-8, 8, 33), 0.5
+    system = glow.Glow(flow((1, 2, 2), n_levels=1, depth=2, width=4, coupling=coupling, learntop=True))
+    system.generator.initialise(torch.randn(200, 1, 2, 2, generator=torch.Generator().manual_seed(0)))
+    disturbed(system.generator, scale=0.1)
+    axis, spacing = torch.linspace(-7, 7, 27), 14 / 26
     grid = torch.cartesian_prod(axis, axis, axis, axis).view(-1, 1, 2, 2)
     with torch.no_grad():
-        density = torch.cat([system.log_prob(x).exp() for x in grid.split(100_000)]).double()
-    faces = grid.flatten(1).abs().amax(1) == 8
-    assert density[faces].sum() * spacing**4 < 1e-4  # nothing is left outside
-    assert density.sum() * spacing**4 == pytest.approx(1, abs=2e-3)
+        density = torch.cat([system.log_prob(x).exp() for x in grid.split(50_000)]).double()
+    faces = grid.flatten(1).abs().amax(1) == 7
+    assert density[faces].sum() * spacing**4 < 1e-3  # next to nothing is left outside
+    assert density.sum() * spacing**4 == pytest.approx(1, abs=5e-3)
 
 
 def test_uniform_noise_costs_eight_bits_and_what_a_gaussian_wastes_on_it(device):
     """All 256 values are equally likely: 8 bits by entropy. With u in [-r, r], r = 256/255, and e = rotation of u / s:
     E[bits] = log2(s sqrt(2 pi)) + r^2 / (6 s^2 log 2) + log2(255 / 2)."""
     system = glow.Glow(flow((3, 16, 16), n_levels=1, depth=1)).double().to(device)
-    images = random_images(60, (3, 16, 16))
+    images = random_images(40, (3, 16, 16))
     x, rng = system.as_input(images).double(), torch.Generator().manual_seed(0)
     r = 256 / 255
     for initialise, s in ((False, 1.0), (True, r / math.sqrt(3))):
@@ -222,16 +222,19 @@ def test_latents_are_those_of_a_top_down_model():
 
 
 @COUPLINGS
-def test_a_tiny_set_is_learned(new_system, squares, coupling):
-    system = new_system(coupling=coupling, depth=4, width=16)
-    history = fit(system, squares, 200, batch_size=16, learning_rates=(1e-2, 3e-3))
-    assert set(history) == {"loss"} and len(history["loss"]) == 200
-    # bits fall by at least 2.5 of them per pixel, which is 2.5 * 64 * log(2) = 111 nats per image
-    assert sum(history["loss"][:5]) / 5 - sum(history["loss"][-5:]) / 5 > 2.5
-    samples, x = system.sample(400, rng=torch.Generator().manual_seed(0)), system.as_input(squares)
-    assert samples.shape == (400, 1, 8, 8) and samples.abs().max() <= 1
+def test_a_tiny_set_is_learned(new_system, coupling):
+    """Images of one brightness each: pixels that agree are what an untrained flow does not know of."""
+    rng = torch.Generator().manual_seed(0)
+    images = 128 + 40 * torch.randn(64, 1, 1, 1, generator=rng) + 8 * torch.randn(64, 1, 4, 4, generator=rng)
+    system = new_system(shape=(1, 4, 4), coupling=coupling)
+    history = fit(system, images.round().clamp(0, 255).to(torch.uint8), 80, batch_size=64, learning_rates=(2e-2, 5e-3))
+    assert set(history) == {"loss"} and len(history["loss"]) == 80
+    assert history["loss"][0] - history["loss"][-1] > 1  # bits per pixel: 16 * log(2) = 11 nats per image
+    samples = system.sample(1000, rng=torch.Generator().manual_seed(0))
+    x = srlib.to_unit_range(images.round().clamp(0, 255).to(torch.uint8)).to(samples.device)
     assert (samples.mean() - x.mean()).abs() < 0.1
-    assert samples.var().item() == pytest.approx(x.var().item(), rel=0.2)
+    for of_samples, of_images in ((samples, x), (samples.mean((1, 2, 3)), x.mean((1, 2, 3)))):
+        assert of_samples.var().item() == pytest.approx(of_images.var().item(), rel=0.25)
 
 
 @pytest.mark.parametrize("t", [1, 4])
