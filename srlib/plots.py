@@ -16,6 +16,8 @@ from torch import Tensor
 
 # Colour-blind safe (Okabe and Ito); opaque white ground, so that figures are legible on dark pages too.
 PALETTE = sns.color_palette("colorblind")
+# What training records of each batch, and what therefore fluctuates from update to update.
+NOISY = ("loss", "mse", "spread")
 
 
 def use_style() -> None:
@@ -60,20 +62,21 @@ def image_grid(images: Tensor, columns: int = 12) -> Figure:
 
 
 def learning_curves(history: Mapping[str, Sequence[float]], names: Mapping[str, str], window: int = 25) -> Figure:
-    """One panel per entry of `names` (history key -> axis label), each number a point, with a running mean over `window`."""
+    """One panel per entry of `names` (history key -> axis label), over the updates.
+
+    What varies from batch to batch (`NOISY`) is drawn pale, with its mean over the `window` updates around each point;
+    settings such as sigma and the step size are drawn as they are. Positive curves that vary have a logarithmic axis.
+    """
     figure, axes = plt.subplots(1, len(names), figsize=(3.1 * len(names), 2.9), squeeze=False)
     for axis, (key, label) in zip(axes[0], names.items()):
-        values = np.asarray(history[key])
-        axis.plot(values, color=PALETTE[0], alpha=0.25, linewidth=0.8)
-        if len(values) >= window:
-            smooth = np.convolve(values, np.ones(window) / window, mode="valid")
-            axis.plot(np.arange(len(smooth)) + window / 2, smooth, color=PALETTE[0])
+        values = np.asarray(history[key], dtype=float)
+        shown = _centred_mean(values, window) if key in NOISY else values
+        if key in NOISY:
+            axis.plot(values, color=PALETTE[0], alpha=0.25, linewidth=0.8)
+        sns.lineplot(x=np.arange(len(shown)), y=shown, ax=axis, color=PALETTE[0])
         axis.set(xlabel="update $t$", ylabel=label)
-        if values.min() > 0 and values.max() > 3 * values.min():
-            axis.set_yscale("log")
-            axis.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
-            axis.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-            axis.yaxis.set_minor_locator(NullLocator())
+        if 0 < values.min() < values.max():
+            _readable_log_scale(axis, values.max() / values.min())
     return figure
 
 
@@ -92,6 +95,20 @@ def density_contours(axis: Axes, grid_x: Tensor, grid_y: Tensor, log_density: Te
     """Filled contours of exp(log_density) [ny, nx], relative to its maximum."""
     density = (log_density - log_density.max()).exp()
     axis.contourf(grid_x, grid_y, density, levels=np.linspace(0.02, 1, 9), cmap="Blues", antialiased=True)
+
+
+def _centred_mean(values: np.ndarray, window: int) -> np.ndarray:
+    """Mean over the `window` values around each; towards the ends, over those of them that there are."""
+    kernel = np.ones(min(window, len(values)))
+    return np.convolve(values, kernel, "same") / np.convolve(np.ones_like(values), kernel, "same")
+
+
+def _readable_log_scale(axis: Axes, ratio: float) -> None:
+    """A logarithmic y axis with a few plain numbers, for values whose largest is `ratio` times their smallest."""
+    axis.set_yscale("log")
+    axis.yaxis.set_major_locator(LogLocator(subs=(1.0, 1.5, 2.0, 3.0, 5.0, 7.0) if ratio < 5 else (1.0, 2.0, 5.0)))
+    axis.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axis.yaxis.set_minor_locator(NullLocator())
 
 
 def _strip(images: Tensor) -> np.ndarray:
