@@ -87,13 +87,6 @@ def test_every_figure_of_a_notebook_has_an_alternative_text(path):
             assert len(cell.metadata["mystnb"]["image"]["alt"]) > 20, cell.source
 
 
-@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
-def test_code_that_readers_see_fits_the_width_of_the_page(path):
-    for cell in jupytext.read(path).cells:
-        if cell.cell_type == "code" and not {"remove-cell", "remove-input"} & set(cell.metadata.get("tags", [])):
-            assert not [line for line in cell.source.splitlines() if len(line) > 78]
-
-
 def test_importing_srlib_is_light():
     code = (
         "import sys, torch, time; start = time.perf_counter(); import srlib; print(time.perf_counter() - start); "
