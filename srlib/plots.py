@@ -76,8 +76,16 @@ def learning_curves(history: Mapping[str, Sequence[float]], names: Mapping[str, 
         sns.lineplot(x=np.arange(len(shown)), y=shown, ax=axis, color=PALETTE[0])
         axis.set(xlabel="update $t$", ylabel=label)
         if 0 < values.min() < values.max():
-            _readable_log_scale(axis, values.max() / values.min())
+            readable_log_scale(axis, values.max() / values.min())
     return figure
+
+
+def readable_log_scale(axis: Axes, ratio: float) -> None:
+    """A logarithmic y axis with a few plain numbers, for values whose largest is `ratio` times their smallest."""
+    axis.set_yscale("log")
+    axis.yaxis.set_major_locator(LogLocator(subs=(1.0, 1.5, 2.0, 3.0, 5.0, 7.0) if ratio < 5 else (1.0, 2.0, 5.0)))
+    axis.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axis.yaxis.set_minor_locator(NullLocator())
 
 
 def noise_scale_axis(axis: Axes) -> None:
@@ -101,14 +109,6 @@ def _centred_mean(values: np.ndarray, window: int) -> np.ndarray:
     """Mean over the `window` values around each; towards the ends, over those of them that there are."""
     kernel = np.ones(min(window, len(values)))
     return np.convolve(values, kernel, "same") / np.convolve(np.ones_like(values), kernel, "same")
-
-
-def _readable_log_scale(axis: Axes, ratio: float) -> None:
-    """A logarithmic y axis with a few plain numbers, for values whose largest is `ratio` times their smallest."""
-    axis.set_yscale("log")
-    axis.yaxis.set_major_locator(LogLocator(subs=(1.0, 1.5, 2.0, 3.0, 5.0, 7.0) if ratio < 5 else (1.0, 2.0, 5.0)))
-    axis.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-    axis.yaxis.set_minor_locator(NullLocator())
 
 
 def _strip(images: Tensor) -> np.ndarray:
