@@ -115,7 +115,7 @@ def low_rank_log_abs_det(
 
     n_products : for each chain; by default K d / 4.
     n_probes : probes u of each step, at least 2, which give the standard error; by default d / 20, at least 4.
-    block_size : directions that Q grows by. Fewer find stiff directions with fewer products, more are faster on a GPU.
+    block_size : directions that Q grows by. Fewer need fewer products, more take less time, above all with few chains.
     """
     n, d = chain.initial.shape
     n_steps = chain.n_steps
