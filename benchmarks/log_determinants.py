@@ -3,7 +3,7 @@
     python benchmarks/log_determinants.py cost        products, seconds and memory over d and K        (minutes)
     python benchmarks/log_determinants.py accuracy    "low_rank" on chains of a five-layer model       (half an hour)
 
-Both print a table and write benchmarks/results/*.json. `accuracy` trains the model on `digits` first and takes three
+Both print a table and write it beside this file (cost.json, accuracy-K*.json). `accuracy` trains the model on `digits` first and takes three
 checkpoints; whatever it has computed is kept in that folder, so that it can be stopped and goes on where it was.
 """
 
@@ -91,7 +91,7 @@ def cost():
                 f" {row['value']:10.2f}",
                 flush=True,
             )
-    write("cost", rows)
+    write("cost", rows, RESULTS.parent)
 
 
 # --- accuracy of "low_rank" -------------------------------------------------------------------------------------------
@@ -229,7 +229,7 @@ def report(found, n_steps):
     )
     print(f"95 % interval covers {covered} of {len(rows) * N_CHAINS}")
     print(f"products: {saved:.1f} times fewer than stepwise")
-    write(f"accuracy-K{n_steps}", rows)
+    write(f"accuracy-K{n_steps}", rows, RESULTS.parent)
 
 
 def kept(name, compute):
@@ -241,11 +241,12 @@ def kept(name, compute):
     return json.loads(file.read_text())
 
 
-def write(name, rows):
-    RESULTS.mkdir(exist_ok=True)
-    temporary = RESULTS / f"{name}.json.tmp"
+def write(name, rows, folder=RESULTS):
+    """What is not finished goes into a folder that git ignores; the tables that a reader is shown lie beside this file."""
+    folder.mkdir(exist_ok=True)
+    temporary = folder / f"{name}.json.tmp"
     temporary.write_text(json.dumps(rows, indent=1) + "\n")
-    temporary.replace(RESULTS / f"{name}.json")
+    temporary.replace(folder / f"{name}.json")
 
 
 def main():

@@ -30,7 +30,10 @@ def main() -> None:
             started = time.monotonic()
             subprocess.run(["make", command, f"PYTHON={sys.executable}"], cwd=clone, check=True)
             minutes[f"make {command}"] = round((time.monotonic() - started) / 60, 2)
-    results = [*(ROOT / "papermill_runs/digits").glob("*/job.json"), *(ROOT / "papermill_runs/digits/book").glob("*.json")]
+    results = [
+        *(ROOT / "papermill_runs/digits").glob("*/job.json"),
+        *(ROOT / "papermill_runs/digits/book").glob("*.json"),
+    ]
     seconds = [checkpoints.read_json(result)["seconds"] for result in results]
     minutes["one core, digits"] = round(sum(seconds) / 60, 2)
     machine = {name: provenance.environment()[name] for name in ("processor", "cores")}

@@ -25,6 +25,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -583,21 +584,28 @@ def runs_page(profile: Profile) -> str:
         "",
         f"Profile `{profile.name}`. {profile.label}",
         "",
-        "| run | dataset | seed | updates | MSE | training time | processor | sources |",
-        "|---|---|---|---|---|---|---|---|",
+        "| run | dataset | updates | MSE | scored on | seconds | sources |",
+        "|---|---|---|---|---|---|---|",
     ]
+    processors: Counter[str] = Counter()
     for job in profile.runs:
         if reason := absence(job):
-            lines.append(f"| {job.name} | {job.config.dataset} | {job.config.seed} | | {reason} | | | |")
+            lines.append(f"| {job.name} | {job.config.dataset} | | {reason} | | | |")
             continue
         metrics = checkpoints.read_json(job.output.with_name("metrics.json"))
         scores, config = metrics["scores"], metrics["config"]
         lines.append(
-            f"| [{job.name}](runs/{job.name}) | {config['dataset']} | {config['seed']} | {config['n_updates']} "
-            f"| {scores['mse']:.4f} ± {scores['mse_standard_error']:.4f} ({scores['n_images']} {scores['split']} images) "
-            f"| {metrics['seconds']['training']:.0f} s | {metrics['environment']['processor']} | {_sources(job, profile)} |"
+            f"| [{job.name}](runs/{job.name}) | {config['dataset']} | {config['n_updates']} "
+            f"| {scores['mse']:.4f} ± {scores['mse_standard_error']:.4f} | {scores['n_images']} {scores['split']} images "
+            f"| {metrics['seconds']['training']:.0f} | {_sources(job, profile)} |"
         )
-    lines += ["", "MSE is per pixel on $[-1, 1]$, with its standard error over images.", "", "## Chapters", ""]
+        processors[metrics["environment"]["processor"]] += 1
+    lines += [
+        "",
+        "MSE is per pixel on $[-1, 1]$, with its standard error over images; seconds are those of the training, on ",
+    ]
+    lines += ["; ".join(f"{name} ({count} runs)" for name, count in processors.items()) or "no machine yet"]
+    lines += [".", "", "## Chapters", ""]
     lines += ["| chapter | seconds to execute | sources |", "|---|---|---|"]
     lines += [
         f"| {{doc}}`{job.name}` | {checkpoints.read_json(job.result)['seconds']:.0f} | {_sources(job, profile)} |"
