@@ -2,8 +2,8 @@
 
     python benchmarks/timings.py
 
-makes a fresh clone of the last commit, times `make setup`, `make run-all`, `make test` and `make book` there, adds up what the
-committed results of `digits` took, and writes benchmarks/timings.json. A test holds the README to that file.
+makes a fresh clone of the last commit, times `make setup`, `make run-all`, `make test` and `make book` there, and writes
+benchmarks/timings.json. A test holds the README to that file.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from srlib import checkpoints, provenance
+from srlib import provenance
 
 ROOT = Path(__file__).resolve().parent.parent
 COMMANDS = ("setup", "run-all", "test", "book")
@@ -30,12 +30,6 @@ def main() -> None:
             started = time.monotonic()
             subprocess.run(["make", command, f"PYTHON={sys.executable}"], cwd=clone, check=True)
             minutes[f"make {command}"] = round((time.monotonic() - started) / 60, 2)
-    results = [
-        *(ROOT / "papermill_runs/digits").glob("*/job.json"),
-        *(ROOT / "papermill_runs/digits/book").glob("*.json"),
-    ]
-    seconds = [checkpoints.read_json(result)["seconds"] for result in results]
-    minutes["one core, digits"] = round(sum(seconds) / 60, 2)
     machine = {name: provenance.environment()[name] for name in ("processor", "cores")}
     record = {"machine": machine, "minutes": minutes}
     (ROOT / "benchmarks/timings.json").write_text(json.dumps(record, indent=1) + "\n")

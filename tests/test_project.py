@@ -1,5 +1,7 @@
 """What holds the project together: the lock, the conda environment, the notebooks, the README."""
 
+import json
+import math
 import re
 import subprocess
 import sys
@@ -114,3 +116,16 @@ def test_the_equations_a_module_implements_stand_at_its_top():
     for name in ("generators", "posterior", "langevin", "closed_form", "learning"):
         docstring = (ROOT / "srlib" / f"{name}.py").read_text().split('"""')[1]
         assert re.search(r"Eqs?\. \(|Algorithm 1|log p", docstring), name
+
+
+def test_the_readme_gives_the_minutes_that_were_measured():
+    """benchmarks/timings.py measures, and the committed results say what they took; the README rounds up."""
+    text, record = (ROOT / "README.md").read_text(), json.loads((ROOT / "benchmarks/timings.json").read_text())
+    minutes = {name: math.ceil(value) for name, value in record["minutes"].items()}
+    digits = ROOT / "papermill_runs/digits"
+    seconds = [json.loads(p.read_text())["seconds"]["training"] for p in digits.glob("*/metrics.json")]
+    seconds += [json.loads(p.read_text())["seconds"] for p in (digits / "book").glob("*.json")]
+    assert f"| any machine; a preview | {minutes['make run-all']} minutes |" in text
+    assert f"| {math.ceil(sum(seconds) / 3600)} hours of one core |" in text
+    assert f"took {minutes['make setup']} minutes" in text and f"`make test` {minutes['make test']} minutes" in text
+    assert f"on {record['machine']['cores']} cores of an {record['machine']['processor']}" in text
