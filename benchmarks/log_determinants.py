@@ -203,6 +203,7 @@ def report(found, n_steps):
         rows.append(
             dict(
                 updates=t,
+                chains=len(exact),
                 exact=exact.mean().item(),
                 worst=error.abs().max().item(),
                 rms=error.square().mean().sqrt().item(),

@@ -152,8 +152,8 @@ def linear_noise(posterior: Posterior, chain: Chain, chunk_size: int | None = No
 def path(posterior: Posterior, chain: Chain) -> Tensor:
     """log p(e_0) + sum_k log N(e_{k+1}; e_k + s_k score(e_k), 2 s_k) - log N(e_k; e_{k+1} + s_k score(e_{k+1}), 2 s_k): [n].
 
-    The reverse process walks the same Langevin step back. On average never below E log q_s, and far above it at every
-    step size: it cannot choose one (annealed importance sampling needs annealed targets to make this tight).
+    The reverse process walks the same Langevin step back. On average never below E log q_s, but often far above it,
+    and its best s can be far off (annealed importance sampling needs annealed targets to make this tight).
     """
     chain = with_trajectory(posterior, chain)
     states, s = chain.trajectory.double(), step_sizes(chain)
