@@ -7,7 +7,7 @@ implements.
 
 from .closed_form import ClosedForm
 from .data import Dataset, DatasetUnavailable, load, to_uint8, to_unit_range
-from .generators import Generator, LinearGenerator, TopDownGenerator
+from .generators import Generator, LadderGenerator, LinearGenerator, TopDownGenerator
 from .langevin import (
     Chain,
     DivergenceError,
@@ -39,6 +39,7 @@ __all__ = [
     "DivergenceError",
     "Generator",
     "History",
+    "LadderGenerator",
     "LinearGenerator",
     "LowRankLogDet",
     "Posterior",

@@ -21,15 +21,21 @@ from typing import Any, Literal, get_args
 
 import torch
 import yaml
+from torch import Tensor
 
 from . import checkpoints, provenance
 from .data import IMAGE_SHAPES, Dataset, DatasetUnavailable, Split, checked_name, load, to_unit_range
-from .evaluation.reconstruction import recogniser, reconstructions, squared_error
-from .system import System
+from .evaluation.frechet import INCEPTION, WeightsUnavailable, evaluate_samples
+from .evaluation.reconstruction import inference_seconds, recogniser, reconstructions, squared_error
+from .generators import Generator, LadderGenerator, TopDownGenerator, check_whole
+from .system import Source, System
 from .training import TrainingPlan, resume_file, snapshot_file, training_seconds
 
 EvaluationSplit = Literal["test", "validation"]
 Search = Literal["none", "grid", "descent"]
+N_AGGREGATE = 5000  # training images that the Gaussian of the inferred latents is fitted to
+EVALUATION_BATCH = 250
+GENERATORS = {"top_down": TopDownGenerator, "ladder": LadderGenerator}
 
 
 def known_systems() -> dict[str, str]:
@@ -54,9 +60,11 @@ def modules(system: str) -> list[str]:
 class Config:
     """One training run. `step_size` is the s of Eq. (10); learning rates are used in equal parts of the training.
 
+    generator : "top_down" is that of Table 4, "ladder" that of section 5.4.
     step_size_search, estimator, every, search_images : line 5 of Algorithm 1, see `StepSizeSearch`; "none" keeps s.
     snapshots : numbers of updates after which the system is saved too (`load_run(..., snapshot=t)`).
     options : what only this system has, by name; the module of the system says which (the short run system has none).
+    n_samples : images that are drawn from each source to be compared with as many training images, or all if there are fewer.
     name : of the run, and of its directory in a matrix of runs.
     """
 
@@ -64,6 +72,7 @@ class Config:
     system: str = "short_run"
     dataset: str = "digits"
     seed: int = 0
+    generator: str = "top_down"
     latent_dims: tuple[int, ...] = (8, 16, 32)
     channels: int = 16
     feature_size: int = 7
@@ -76,18 +85,23 @@ class Config:
     batch_size: int = 64
     learning_rates: tuple[float, ...] = (1e-3, 5e-4, 1e-4)
     betas: tuple[float, float] = (0.9, 0.999)
+    warmup_updates: int = 0
     step_size_search: Search = "none"
     estimator: str = "linear_noise"
     every: int = 50
     search_images: int = 4
     snapshots: tuple[int, ...] = ()
     options: dict[str, Any] = field(default_factory=dict)
+    n_samples: int = 5000
     evaluation_split: EvaluationSplit = "test"
     device: str = "auto"
 
     def __post_init__(self) -> None:
         if self.system not in SYSTEMS:
             raise ValueError(f"system={self.system!r} is unknown; there are: {', '.join(SYSTEMS)}")
+        if self.generator not in GENERATORS:
+            raise ValueError(f"generator={self.generator!r} is unknown; there are: {', '.join(GENERATORS)}")
+        check_whole("n_samples", self.n_samples, 2)
         if self.evaluation_split not in get_args(EvaluationSplit):
             raise ValueError(f"evaluation_split={self.evaluation_split!r} must be one of {get_args(EvaluationSplit)}")
         if isinstance(self.seed, bool) or not isinstance(self.seed, int) or not 0 <= self.seed < 2**32:
@@ -100,6 +114,11 @@ class Config:
             )
         self.torch_device()
         self.plan()
+        if self.step_size_search != "none" and self.every > self.n_updates:
+            raise ValueError(
+                f"every={self.every}: step_size_search={self.step_size_search!r} would never be done in n_updates={self.n_updates} "
+                "updates; make every smaller, or use none"
+            )
         with torch.device("meta"):  # every check of the system's parts, without memory or arithmetic
             self._module().builder(self)(IMAGE_SHAPES[checked_name(self.dataset)])
 
@@ -128,7 +147,13 @@ class Config:
             raise ValueError(f"{path}: {error}") from error
 
     def plan(self) -> TrainingPlan:
-        return TrainingPlan(self.n_updates, self.batch_size, self.learning_rates, self.betas, self.snapshots)
+        return TrainingPlan(
+            self.n_updates, self.batch_size, self.learning_rates, self.betas, self.snapshots, self.warmup_updates
+        )
+
+    def new_generator(self, image_shape: tuple[int, int, int]) -> Generator:
+        """The generator, before training; its first weights come from torch's global state."""
+        return GENERATORS[self.generator](self.latent_dims, image_shape, self.channels, self.feature_size)
 
     def build(self, image_shape: tuple[int, int, int]) -> System:
         """The untrained system; its first weights depend on `seed` alone."""
@@ -165,7 +190,7 @@ def run(config: Config, output: Path | str, progress: bool = True) -> dict[str, 
 
     rng = torch.Generator().manual_seed(_stream(config.seed, 1))
     history = system.fit(dataset.train.images, config.plan(), rng, output, progress)
-    system.fit_aggregate(dataset.train.images[:5000], rng=rng)
+    system.fit_aggregate(dataset.train.images[:N_AGGREGATE], rng=rng)
     checkpoints.write_json(output / "history.json", {"history": dict(sorted(history.items()))})
     checkpoints.save(output / "model.safetensors", system.state_dict(), {"config": asdict(config)})
 
@@ -174,11 +199,12 @@ def run(config: Config, output: Path | str, progress: bool = True) -> dict[str, 
     sources = modules(config.system)
     metrics = {
         "config": asdict(config),
-        "scores": evaluate(system, dataset, config.evaluation_split, config.seed),
+        "scores": evaluate(system, dataset, config.evaluation_split, config.seed, config.n_samples),
         "data": {"name": dataset.name, "fingerprint": dataset.fingerprint, "n_train": len(dataset.train.images)},
         "seconds": {
             "training": training_seconds(output),
             "step_size_search": sum(history.get("search_seconds", [])),
+            "inference_per_image": inference_seconds(system, dataset.validation.images),
             "last_sitting": time.monotonic() - started,
         },
         "environment": provenance.environment(str(config.torch_device())),
@@ -191,8 +217,12 @@ def run(config: Config, output: Path | str, progress: bool = True) -> dict[str, 
     return metrics
 
 
-def evaluate(system: System, dataset: Dataset, split: EvaluationSplit, seed: int) -> dict[str, Any]:
-    """The scores of a trained system on one split: per-pixel MSE on [-1, 1] and, with labels, recognition."""
+def evaluate(
+    system: System, dataset: Dataset, split: EvaluationSplit, seed: int, n_samples: int = 5000
+) -> dict[str, Any]:
+    """The scores of a trained system: per-pixel MSE on [-1, 1] of the images of one split and, with labels, how many of their
+    reconstructions are recognised; what it knows of their likelihood; and the distances of n_samples images, from the prior and
+    from the aggregate posterior, from as many training images (`evaluate_samples`)."""
     held_out: Split = getattr(dataset, split)
     rng = torch.Generator().manual_seed(_stream(seed, 2))
     images, reconstructed = to_unit_range(held_out.images), reconstructions(system, held_out.images, rng)
@@ -208,6 +238,20 @@ def evaluate(system: System, dataset: Dataset, split: EvaluationSplit, seed: int
         classify = recogniser(to_unit_range(dataset.train.images), dataset.train.labels)
         for name, judged in (("originals", images), ("reconstructions", reconstructed)):
             scores[f"recognised_{name}"] = (classify(judged) == held_out.labels).double().mean().item()
+    rng = torch.Generator().manual_seed(_stream(seed, 3))
+    parts: dict[str, list[Tensor]] = {}
+    for batch in held_out.images.split(EVALUATION_BATCH):
+        for name, values in system.likelihood(system.as_input(batch), rng).items():
+            parts.setdefault(name, []).append(values)
+    scores |= {name: torch.cat(values).mean().item() for name, values in parts.items()}
+    real = dataset.train.images[:n_samples]
+    for source in get_args(Source):
+        generated = torch.cat([system.sample(len(x), source, rng).cpu() for x in real.split(EVALUATION_BATCH)])
+        for key, network in ((f"samples_{source}", dataset.name), (f"samples_{source}_{INCEPTION}", INCEPTION)):
+            try:
+                scores[key] = evaluate_samples(network, real, generated, rng)
+            except WeightsUnavailable as error:
+                scores[key] = {"not_run": str(error)}
     return scores
 
 
@@ -260,7 +304,7 @@ def _plain(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def _stream(seed: int, purpose: int) -> int:
-    """Independent seeds for the weights (0), the training (1) and the evaluation (2) of one run."""
+    """Independent seeds for the weights (0), the training (1), reconstructions (2) and samples (3) of one run."""
     return seed * 1000 + purpose
 
 

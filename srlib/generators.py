@@ -26,6 +26,11 @@ def randn_like(tensor: Tensor, rng: torch.Generator | None = None) -> Tensor:
     return torch.randn(tensor.shape, generator=rng, device=device, dtype=tensor.dtype).to(tensor.device)
 
 
+def given_or_fresh(rng: torch.Generator | None) -> torch.Generator:
+    """`rng`, or for None a CPU generator that is seeded from torch's global state."""
+    return rng or torch.Generator().manual_seed(int(torch.randint(2**62, ())))
+
+
 def check_whole(name: str, value: int, least: int = 1) -> None:
     """Raises ValueError unless `value` is a whole number of at least `least`."""
     if isinstance(value, bool) or not isinstance(value, int) or value < least:
@@ -100,18 +105,14 @@ class TopDownGenerator(Generator):
         self, latent_dims: Sequence[int], image_shape: Sequence[int], channels: int = 64, feature_size: int = 16
     ) -> None:
         super().__init__(latent_dims, image_shape)
-        (self.channels,) = _sizes("channels", [channels])
-        (self.feature_size,) = _sizes("feature_size", [feature_size])
-        n_doublings = _doublings(self.image_shape, self.feature_size)
+        self.channels, self.feature_size = _checked_widths(self.image_shape, channels, feature_size)
         layers = range(len(self.latent_dims))
-        self.project = nn.ModuleList(_Projection(self.latent_dims[i], channels, feature_size) for i in layers)
-        self.deterministic = nn.ModuleList(_Deterministic(channels) for _ in layers)
-        self.mean = nn.ModuleList(_head(channels, d, feature_size) for d in self.latent_dims[1:])
-        self.raw_std = nn.ModuleList(_head(channels, d, feature_size) for d in self.latent_dims[1:])
-        widths = [channels] * n_doublings + [self.image_shape[0]]
-        up = [nn.ConvTranspose2d(a, b, 4, stride=2, padding=1) for a, b in zip(widths, widths[1:])]
-        self.output = nn.Sequential(*[part for conv in up[:-1] for part in (conv, nn.GELU())], up[-1])
-        self.apply(_xavier)
+        self.project = nn.ModuleList(Projection(self.latent_dims[i], channels, feature_size) for i in layers)
+        self.deterministic = nn.ModuleList(DeterministicBlock(channels) for _ in layers)
+        self.mean = nn.ModuleList(statistic_head(channels, d, feature_size) for d in self.latent_dims[1:])
+        self.raw_std = nn.ModuleList(statistic_head(channels, d, feature_size) for d in self.latent_dims[1:])
+        self.output = output_block(self.image_shape, channels, feature_size)
+        self.apply(xavier_normal)
 
     def forward(self, e: Tensor) -> Tensor:
         """e [n, d] -> the mean image g(e) [n, C, H, W] in [-1, 1]."""
@@ -131,6 +132,39 @@ class TopDownGenerator(Generator):
             latents.append(self.mean[i](features) + F.softplus(self.raw_std[i](features)) * noise)
             features = self.deterministic[i + 1](self.project[i + 1](latents[-1])) + features
         return tuple(latents), features
+
+
+class LadderGenerator(Generator):
+    """The three-layer model of section 5.4 with any number of layers, parameterised after Zhao, Song and Ermon (2017).
+
+        h_L = d_L(p_L(z_L)),    h_l = d_l(r_l([h_{l+1}, p_l(z_l)])),    x = tanh(o_0(h_1))
+
+    All z_l are independent N(0, I), so e = z: a layer's latents do not depend on those above. What a layer can say is
+    limited by how many blocks are left below it, which is what makes the layers of this model differ. p_l, d_l and o_0 are
+    those of Table 4; r_l is a 1x1 convolution, from 2 * channels to channels. Parameters as in `TopDownGenerator`.
+    """
+
+    def __init__(
+        self, latent_dims: Sequence[int], image_shape: Sequence[int], channels: int = 64, feature_size: int = 16
+    ) -> None:
+        super().__init__(latent_dims, image_shape)
+        self.channels, self.feature_size = _checked_widths(self.image_shape, channels, feature_size)
+        self.project = nn.ModuleList(Projection(d, channels, feature_size) for d in self.latent_dims)
+        self.merge = nn.ModuleList(nn.Conv2d(2 * channels, channels, 1) for _ in self.latent_dims[1:])
+        self.deterministic = nn.ModuleList(DeterministicBlock(channels) for _ in self.latent_dims)
+        self.output = output_block(self.image_shape, channels, feature_size)
+        self.apply(xavier_normal)
+
+    def forward(self, e: Tensor) -> Tensor:
+        """e [n, d] -> the mean image g(e) [n, C, H, W] in [-1, 1]."""
+        top, *others = (project(z) for project, z in zip(self.project, self.split(e)))
+        features = self.deterministic[0](top)
+        for merge, deterministic, projected in zip(self.merge, self.deterministic[1:], others):
+            features = deterministic(merge(torch.cat([features, projected], 1)))
+        return torch.tanh(self.output(features))
+
+    def latents(self, e: Tensor) -> tuple[Tensor, ...]:
+        return self.split(e)
 
 
 class LinearGenerator(Generator):
@@ -164,7 +198,7 @@ class LinearGenerator(Generator):
         return self.split(e)
 
 
-class _Projection(nn.Module):
+class Projection(nn.Module):
     """p_l: [n, d_l] -> [n, channels, feature_size, feature_size], a linear layer and a transposed convolution."""
 
     seed_channels = 4
@@ -180,7 +214,7 @@ class _Projection(nn.Module):
         return F.gelu(self.conv(seed))
 
 
-class _Deterministic(nn.Module):
+class DeterministicBlock(nn.Module):
     """d_l: two convolutions with GELU and a skip connection; keeps [n, channels, feature_size, feature_size]."""
 
     def __init__(self, channels: int) -> None:
@@ -192,13 +226,24 @@ class _Deterministic(nn.Module):
         return h + F.gelu(self.conv2(F.gelu(self.conv1(h))))
 
 
-def _head(channels: int, latent_dim: int, feature_size: int) -> nn.Sequential:
+def statistic_head(channels: int, latent_dim: int, feature_size: int) -> nn.Sequential:
     """mu_l or the pre-activation of sigma_l: a 5x5 convolution without padding and a linear layer, to [n, d_l]."""
     conv = nn.Conv2d(channels, latent_dim, 5)
     return nn.Sequential(conv, nn.GELU(), nn.Flatten(), nn.Linear(latent_dim * (feature_size - 4) ** 2, latent_dim))
 
 
-def _xavier(module: nn.Module) -> None:
+def output_block(image_shape: tuple[int, ...], channels: int, feature_size: int) -> nn.Sequential:
+    """o_0: [n, channels, feature_size, feature_size] -> [n, C, H, W], each layer doubling the sides.
+
+    Raises ValueError for a `feature_size` that is not the image side over a power of two.
+    """
+    widths = [channels] * _doublings(image_shape, feature_size) + [image_shape[0]]
+    up = [nn.ConvTranspose2d(a, b, 4, stride=2, padding=1) for a, b in zip(widths, widths[1:])]
+    return nn.Sequential(*[part for conv in up[:-1] for part in (conv, nn.GELU())], up[-1])
+
+
+def xavier_normal(module: nn.Module) -> None:
+    """First values of a layer with weights, for `nn.Module.apply`: Xavier-normal, with zero biases."""
     if isinstance(module, (nn.Linear, nn.Conv2d, nn.ConvTranspose2d)):
         nn.init.xavier_normal_(module.weight)
         nn.init.zeros_(module.bias)
@@ -209,6 +254,13 @@ def _sizes(name: str, values: Sequence[int]) -> tuple[int, ...]:
     if not sizes or any(not isinstance(v, int) or isinstance(v, bool) or v < 1 for v in sizes):
         raise ValueError(f"{name}={sizes} must consist of positive whole numbers")
     return sizes
+
+
+def _checked_widths(image_shape: tuple[int, ...], channels: int, feature_size: int) -> tuple[int, int]:
+    check_whole("channels", channels)
+    check_whole("feature_size", feature_size)
+    _doublings(image_shape, feature_size)
+    return channels, feature_size
 
 
 def _doublings(image_shape: tuple[int, ...], feature_size: int) -> int:

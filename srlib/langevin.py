@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from .generators import check_positive, check_whole, randn_like
+from .generators import check_positive, check_whole, given_or_fresh, randn_like
 from .posterior import Posterior
 
 # A state whose root mean square is this many standard deviations of the prior has left every posterior worth the name.
@@ -96,8 +96,7 @@ def short_run(
     check_whole("n_steps", n_steps)
     if deterministic and noise is not None:
         raise ValueError("noise was given for a deterministic chain; leave out one of the two")
-    if rng is None:
-        rng = torch.Generator().manual_seed(int(torch.randint(2**62, ())))
+    rng = given_or_fresh(rng)
     e = posterior.generator.sample_prior(len(posterior), rng) if initial is None else initial
     shape = (n_steps, *posterior.validated(e).shape)
     s = validated_step_size(step_size, shape, e)

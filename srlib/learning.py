@@ -24,11 +24,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from .generators import Generator, check_positive, check_whole
+from .generators import Generator, check_positive, check_whole, given_or_fresh
 from .langevin import DivergenceError, noise_scale_from_step_size, short_run
 from .posterior import Posterior
 from .step_size import StepSizeResult
-from .system import System
+from .system import NoisySystem
 from .training import History, TrainingLoop, TrainingPlan
 
 # Reconstructions that vary this little, relative to the images, come from a generator that ignores its latents.
@@ -38,17 +38,15 @@ COLLAPSED_SPREAD = 0.01
 StepSizeUpdate = Callable[[Posterior, Tensor, int, torch.Generator], StepSizeResult]
 
 
-class ShortRun(System):
+class ShortRun(NoisySystem):
     """The paper's system: a top-down generator and noise-initialised short run inference.
 
     Parameters
     ----------
     n_steps : K.
     step_size : s of Eq. (10) once sigma has arrived at its final value.
-    sigma : final standard deviation of the pixel noise.
-    sigma_start, anneal_fraction : sigma goes geometrically from sigma_start to sigma over the first `anneal_fraction` of
-        training ("sigma is gradually annealed to 0.15", section 7.1). The stiffness of the posterior grows as
-        1 / sigma^2, so s follows sigma^2.
+    sigma, sigma_start, anneal_fraction : as in `NoisySystem`. The stiffness of the posterior grows as 1 / sigma^2, so s
+        follows sigma^2 while it is annealed.
     update_step_size, every : line 5 of Algorithm 1, called every T_s = `every` updates; None keeps s fixed.
     """
 
@@ -63,19 +61,10 @@ class ShortRun(System):
         update_step_size: StepSizeUpdate | None = None,
         every: int = 100,
     ) -> None:
-        super().__init__(generator)
-        self.n_steps, self.sigma = n_steps, sigma
-        self.sigma_start = sigma if sigma_start is None else sigma_start
-        self.anneal_fraction = anneal_fraction
-        self.update_step_size, self.every = update_step_size, every
+        super().__init__(generator, sigma, sigma_start, anneal_fraction)
+        self.n_steps, self.update_step_size, self.every = n_steps, update_step_size, every
         check_whole("n_steps", n_steps)
         check_whole("every", every)
-        check_positive("sigma", sigma)
-        check_positive("sigma_start", self.sigma_start)
-        if sigma > self.sigma_start:
-            raise ValueError(f"sigma={sigma} must not be above sigma_start={self.sigma_start}")
-        if not 0 <= anneal_fraction <= 1:
-            raise ValueError(f"anneal_fraction={anneal_fraction} must lie in [0, 1]")
         check_positive("step_size", step_size)
         if update_step_size is not None and not callable(update_step_size):
             raise ValueError(f"update_step_size={update_step_size!r} must be callable, such as a StepSizeSearch")
@@ -97,16 +86,35 @@ class ShortRun(System):
         log p(x), at the s chosen) with objective_standard_error, and search_seconds.
         Warns if the generator has collapsed to a constant image.
         """
+        return self._learn(images, plan, given_or_fresh(rng), directory, progress)
+
+    def _learn(
+        self,
+        images: Tensor,
+        plan: TrainingPlan,
+        rng: torch.Generator,
+        directory: Path | None,
+        progress: bool,
+        chains: Tensor | None = None,
+    ) -> History:
+        """`fit`; with `chains` [n, d], one for each image, line 2 is to go on from there (`baselines.abp`)."""
         if min(plan.batch_size, len(images)) == 1:
             raise ValueError("batches of 1 image: whether the generator collapses is seen from 2 images on; use more")
-        rng = rng or torch.Generator().manual_seed(int(torch.randint(2**62, ())))
-        loop = TrainingLoop(self, images, plan, rng, directory, progress=progress)
-        for t, x, _ in loop:  # 1. draw observed examples
+        if self.update_step_size is not None and self.every > plan.n_updates:
+            raise ValueError(
+                f"every={self.every}: s would never be updated in n_updates={plan.n_updates} updates; make every smaller"
+            )
+        own = {} if chains is None else {"chains": chains}
+        loop = TrainingLoop(self, images, plan, rng, directory, progress=progress, own=own)
+        for t, x, index in loop:  # 1. draw observed examples
             sigma = self.sigma_at(t / plan.n_updates)
             s = self.step_size * (sigma / self.sigma) ** 2
             posterior = Posterior(self.generator, x, sigma)
-            initial = self.generator.sample_prior(len(x), rng)  # 2. draw latents from the prior
+            index = index.to(x.device)  # 2. draw latents from the prior
+            initial = self.generator.sample_prior(len(x), rng) if chains is None else chains[index]
             inferred = self._run(posterior, s, initial, rng, t)  # 3. K steps of Eq. (10)
+            if chains is not None:
+                chains[index] = inferred
             residual = posterior.residual(inferred)
             loss = -posterior.log_joint(inferred, residual).mean()  # 4. update theta by Eq. (21)
             spread = (x - residual).detach().std(0).mean() / x.std(0).mean().clamp_min(torch.finfo(x.dtype).eps)
@@ -140,7 +148,11 @@ class ShortRun(System):
     def _choose_step_size(self, posterior: Posterior, s: Tensor, loop: TrainingLoop, rng: torch.Generator) -> None:
         started = time.perf_counter()
         result = self.update_step_size(posterior, s, self.n_steps, rng)
-        self.step_size.copy_(result.step_size * (self.sigma / posterior.sigma) ** 2)
+        if result.step_size.numel() != 1:
+            raise ValueError(
+                f"update_step_size chose a step size of shape {tuple(result.step_size.shape)}; the system keeps one number"
+            )
+        self.step_size.copy_(result.step_size.squeeze() * (self.sigma / posterior.sigma) ** 2)
         loop.record(
             chosen_at=loop.t + 1,
             chosen_step_size=result.step_size,
@@ -148,12 +160,6 @@ class ShortRun(System):
             objective_standard_error=result.standard_error[result.best],
             search_seconds=time.perf_counter() - started,
         )
-
-    def sigma_at(self, progress: float) -> float:
-        """sigma when the fraction `progress` in [0, 1] of training is done."""
-        if progress >= self.anneal_fraction:
-            return self.sigma
-        return self.sigma_start * (self.sigma / self.sigma_start) ** (progress / self.anneal_fraction)
 
 
 def _without_collapse(history: History) -> History:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from .generators import TopDownGenerator
 from .learning import ShortRun
 from .step_size import StepSizeSearch
 
@@ -22,7 +21,7 @@ def builder(config: Config) -> Callable[[tuple[int, int, int]], ShortRun]:
 
     def build(image_shape: tuple[int, int, int]) -> ShortRun:
         return ShortRun(
-            TopDownGenerator(config.latent_dims, image_shape, config.channels, config.feature_size),
+            config.new_generator(image_shape),
             config.n_steps,
             config.step_size,
             config.sigma,

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from .data import to_unit_range
-from .generators import Generator, check_whole
+from .generators import Generator, check_positive, check_whole
 
 Source = Literal["prior", "aggregate"]
 
@@ -42,6 +42,10 @@ class System(nn.Module):
 
     def settings(self) -> dict[str, float]:
         """Numbers that the system has chosen beside its weights, by name; they stand with its scores."""
+        return {}
+
+    def likelihood(self, x: Tensor, rng: torch.Generator | None = None) -> dict[str, Tensor]:
+        """What the system knows of log p(x) at no great cost, by name: numbers [n] for images x [n, C, H, W]."""
         return {}
 
     def decode(self, e: Tensor) -> Tensor:
@@ -97,3 +101,38 @@ class System(nn.Module):
                 f"images reach {images.abs().max():.3g}; scale them to [-1, 1] (uint8 images are scaled here)"
             )
         return images.to(parameter.dtype)
+
+
+class NoisySystem(System):
+    """A `System` with the pixel noise of Eq. (2), x = g(e) + N(0, sigma^2 I), whose sigma may be annealed in training.
+
+    Parameters
+    ----------
+    sigma : final standard deviation of the pixel noise.
+    sigma_start, anneal_fraction : sigma goes geometrically from sigma_start to sigma over the first `anneal_fraction` of
+        training ("sigma is gradually annealed to 0.15", section 7.1); sigma_start=None keeps it.
+    """
+
+    def __init__(
+        self, generator: Generator, sigma: float, sigma_start: float | None = None, anneal_fraction: float = 0.5
+    ) -> None:
+        super().__init__(generator)
+        self.sigma, self.sigma_start = sigma, sigma if sigma_start is None else sigma_start
+        self.anneal_fraction = anneal_fraction
+        check_positive("sigma", sigma)
+        check_positive("sigma_start", self.sigma_start)
+        if sigma > self.sigma_start:
+            raise ValueError(f"sigma={sigma} must not be above sigma_start={self.sigma_start}")
+        check_fraction("anneal_fraction", anneal_fraction)
+
+    def sigma_at(self, progress: float) -> float:
+        """sigma when the fraction `progress` in [0, 1] of training is done."""
+        if progress >= self.anneal_fraction:
+            return self.sigma
+        return self.sigma_start * (self.sigma / self.sigma_start) ** (progress / self.anneal_fraction)
+
+
+def check_fraction(name: str, value: float) -> None:
+    """Raises ValueError unless `value` is a number in [0, 1]."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value <= 1:
+        raise ValueError(f"{name}={value!r} must lie in [0, 1]")

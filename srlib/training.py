@@ -42,6 +42,7 @@ class TrainingPlan:
     learning_rates : Adam's learning rate in equal parts of the training; the paper's (1e-4, 5e-5, 1e-5) thirds.
     betas : Adam's decay rates; the paper names none, the authors' script has beta1 = 0.5.
     snapshots : numbers of updates after which the system is saved too, as `snapshot_file` says.
+    warmup_updates : over the first so many updates the learning rate rises linearly to what it is afterwards; 0 is none.
     """
 
     n_updates: int
@@ -49,9 +50,11 @@ class TrainingPlan:
     learning_rates: tuple[float, ...] = (1e-4, 5e-5, 1e-5)
     betas: tuple[float, float] = (0.9, 0.999)
     snapshots: tuple[int, ...] = ()
+    warmup_updates: int = 0
 
     def __post_init__(self) -> None:
         check_whole("n_updates", self.n_updates)
+        check_whole("warmup_updates", self.warmup_updates, 0)
         check_whole("batch_size", self.batch_size)
         for name in ("learning_rates", "betas", "snapshots"):
             if not isinstance(getattr(self, name), (tuple, list)):
@@ -67,7 +70,8 @@ class TrainingPlan:
 
     def learning_rate(self, t: int) -> float:
         """The learning rate of update t = 0, ..., T - 1."""
-        return self.learning_rates[min(t * len(self.learning_rates) // self.n_updates, len(self.learning_rates) - 1)]
+        rate = self.learning_rates[min(t * len(self.learning_rates) // self.n_updates, len(self.learning_rates) - 1)]
+        return rate * min(1.0, (t + 1) / (self.warmup_updates + 1))
 
 
 def resume_file(directory: Path | str) -> Path:

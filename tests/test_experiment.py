@@ -10,11 +10,12 @@ from dataclasses import replace
 import pytest
 import torch
 
+import srlib
 from srlib import checkpoints, experiment, provenance
 from srlib.checkpoints import CheckpointError
 from srlib.experiment import Config
 
-TINY = dict(name="tiny", latent_dims=[2, 3], channels=4, n_steps=2, n_updates=3, batch_size=8)
+TINY = dict(name="tiny", latent_dims=[2, 3], channels=4, n_steps=2, n_updates=3, batch_size=8, n_samples=400)
 
 
 @pytest.fixture(scope="module")
@@ -44,11 +45,44 @@ def test_a_run_directory_holds_everything(finished):
     assert "srlib.langevin" in metrics["modules"] and torch.__version__.startswith(metrics["environment"]["torch"])
 
 
+def test_samples_of_both_sources_are_compared_with_training_images(finished):
+    _, metrics = finished
+    for source in ("prior", "aggregate"):
+        scores = metrics["scores"][f"samples_{source}"]
+        assert scores["n_real"] == scores["n_generated"] == TINY["n_samples"] and scores["feature_dim"] == 32
+        assert scores["fd_digits"] > 10 * scores["fd_digits_standard_error"] > 0  # an untrained generator
+        assert set(metrics["scores"][f"samples_{source}_inception"]) >= {"not_run"} or "fid" in scores
+    assert metrics["scores"]["samples_prior"]["fd_digits"] != metrics["scores"]["samples_aggregate"]["fd_digits"]
+    assert 0 < metrics["seconds"]["inference_per_image"] < 1
+
+
+@pytest.mark.parametrize("system, score", [("vae", "elbo"), ("glow", "bits_per_dimension")])
+def test_what_a_system_knows_of_the_likelihood_stands_with_its_scores(system, score):
+    config = Config.from_dict(
+        TINY | {"system": system, "options": {"depth": 1, "n_levels": 1} if system == "glow" else {}}
+    )
+    digits = without_labels(experiment.load("digits"))
+    part = replace(digits, test=replace(digits.test, images=digits.test.images[:300]))
+    built = config.build((1, 28, 28))
+    built.fit_aggregate(digits.train.images[:100])
+    scores = experiment.evaluate(built, part, "test", 0, n_samples=100)
+    rng = torch.Generator().manual_seed(experiment._stream(0, 3))
+    x = built.as_input(part.test.images)
+    expected = torch.cat([built.likelihood(batch, rng)[score] for batch in x.split(250)])
+    assert scores[score] == pytest.approx(expected.mean().item(), rel=1e-6) and len(expected) == 300
+
+
+def test_the_ladder_generator_is_a_matter_of_configuration():
+    for system in ("short_run", "vae"):
+        built = Config.from_dict(TINY | {"generator": "ladder", "system": system}).build((1, 28, 28))
+        assert isinstance(built.generator, srlib.LadderGenerator)
+
+
 def test_a_run_can_be_loaded_and_gives_the_same_reconstructions(finished):
     output, metrics = finished
     system, loaded, history = experiment.load_run(output)
     assert loaded["scores"] == metrics["scores"] and len(history["loss"]) == 3
-    scores = experiment.evaluate(system, without_labels(experiment.load("digits")), "test", seed=0)
+    scores = experiment.evaluate(system, without_labels(experiment.load("digits")), "test", 0, TINY["n_samples"])
     assert scores.items() <= metrics["scores"].items() and "mse" in scores
 
 
@@ -74,7 +108,7 @@ def test_a_run_with_another_file_than_it_wrote_is_refused(finished, tmp_path):
 def test_validation_and_test_images_are_different(finished):
     output, metrics = finished
     system, _, _ = experiment.load_run(output)
-    scores = experiment.evaluate(system, without_labels(experiment.load("digits")), "validation", seed=0)
+    scores = experiment.evaluate(system, without_labels(experiment.load("digits")), "validation", 0, TINY["n_samples"])
     assert scores["n_images"] == 500 and scores["mse"] != metrics["scores"]["mse"]
 
 
@@ -134,6 +168,14 @@ def test_seeds_decide_the_first_weights():
         ({"seed": -1}, "seed=-1"),
         ({"n_updates": 0}, "n_updates=0"),
         ({"n_steps": 0}, "n_steps=0"),
+        ({"n_samples": 1}, "n_samples=1"),
+        ({"warmup_updates": -1}, "warmup_updates=-1"),
+        ({"generator": "leader"}, "generator='leader' is unknown; there are: top_down, ladder"),
+        ({"generator": "ladder", "system": "ladder_vae"}, "generator='ladder': the ladder VAE merges"),
+        (
+            {"step_size_search": "grid", "every": 4},
+            "every=4: step_size_search='grid' would never be done in n_updates=3",
+        ),
         ({"dataset": "digitz"}, "did you mean 'digits'"),
         ({"device": "gpu"}, "device='gpu' is unknown; there are: auto, cpu"),
         ({"sigma": -1.0}, "sigma=-1.0"),

@@ -52,6 +52,23 @@ def test_the_rows_of_table_4_are_added_as_printed():
     torch.testing.assert_close(g(e), torch.tanh(g.output(h1)))
 
 
+def test_the_ladder_generator_joins_its_layers_as_written():
+    """h_L = d_L(p_L(z_L)), h_l = d_l(r_l([h_{l+1}, p_l(z_l)])), x = tanh(o_0(h_1)), computed by hand."""
+    g = srlib.LadderGenerator((3, 4), (1, 16, 16), channels=8, feature_size=8)
+    z2, z1 = g.split(e := g.sample_prior(5))
+    h2 = g.deterministic[0](g.project[0](z2))
+    weight, bias = g.merge[0].weight[:, :, 0, 0], g.merge[0].bias
+    joined = torch.cat([h2, g.project[1](z1)], 1)
+    h1 = g.deterministic[1](torch.einsum("oc,nchw->nohw", weight, joined) + bias[:, None, None])
+    torch.testing.assert_close(g(e), torch.tanh(g.output(h1)))
+    assert all(torch.equal(a, b) for a, b in zip(g.latents(e), (z2, z1)))
+    assert g(g.sample_prior(3)).shape == (3, 1, 16, 16)
+    spread = [g(torch.where(torch.arange(7) < 3, a, b) * torch.randn(50, 7)).std(0).mean() for a, b in ((1, 0), (0, 1))]
+    assert min(spread) > 0.01  # every layer reaches the image
+    with pytest.raises(ValueError, match="feature_size=7"):
+        srlib.LadderGenerator((3, 4), (1, 16, 16), channels=8, feature_size=7)
+
+
 @pytest.mark.parametrize("latent_dims", [(8,), (4, 5, 6), (4, 4, 4, 6, 8)])
 @pytest.mark.parametrize(
     "image_shape, feature_size", [((1, 28, 28), 7), ((1, 28, 28), 14), ((3, 32, 32), 8), ((3, 64, 64), 16)]

@@ -97,6 +97,11 @@ def test_the_step_size_is_updated_after_every_ts_parameter_updates(new_system, i
     assert history["chosen_step_size"] == pytest.approx([s / 2 for _, _, s in seen])
 
 
+def test_a_warm_up_is_linear_and_ends():
+    plan = srlib.TrainingPlan(100, learning_rates=(1.0, 0.5), warmup_updates=3)
+    assert [plan.learning_rate(t) for t in (0, 1, 2, 3, 4, 60)] == [0.25, 0.5, 0.75, 1.0, 1.0, 0.5]
+
+
 def test_learning_rates_are_used_in_equal_parts():
     plan = srlib.TrainingPlan(300_000, learning_rates=(1e-4, 5e-5, 1e-5))
     assert [plan.learning_rate(t) for t in (0, 99_999, 100_000, 199_999, 200_000, 299_999)] == [
@@ -232,6 +237,17 @@ def test_inpainting_never_looks_at_hidden_pixels(new_system, images):
     assert torch.equal(first, second)
 
 
+def test_a_search_that_would_never_be_done_or_gives_a_schedule_is_refused(new_system, images):
+    def schedule(posterior, s, n_steps, rng):
+        tried = s * torch.ones(1, n_steps, 1, 1, dtype=torch.float64)
+        return srlib.StepSizeResult(tried[0], tried, torch.zeros(1, len(posterior), dtype=torch.float64))
+
+    with pytest.raises(ValueError, match="every=9: s would never be updated in n_updates=2"):
+        fit(new_system(update_step_size=schedule, every=9), images, 2)
+    with pytest.raises(ValueError, match=r"step size of shape \(\d+, 1, 1\); the system keeps one number"):
+        fit(new_system(update_step_size=schedule, every=1), images, 2)
+
+
 @pytest.mark.parametrize(
     "options, message",
     [
@@ -264,6 +280,7 @@ def test_bad_options_are_refused(new_system, options, message):
         (dict(n_updates=1, learning_rates=1e-3), "learning_rates=0.001 must be a tuple"),
         (dict(n_updates=1, learning_rates=(math.inf,)), "learning_rates"),
         (dict(n_updates=3, snapshots=(1.5,)), "snapshots=1.5"),
+        (dict(n_updates=3, warmup_updates=-1), "warmup_updates=-1"),
     ],
 )
 def test_bad_plans_are_refused(new_system, plan, message):

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..generators import TopDownGenerator, _Deterministic, _head, _xavier
+from ..generators import DeterministicBlock, TopDownGenerator, statistic_head, xavier_normal
 
 
 class BottomUpEncoder(nn.Module):
@@ -21,10 +21,10 @@ class BottomUpEncoder(nn.Module):
     Parameters
     ----------
     generator : whose sizes are mirrored; it is not kept.
-    n_heads : how many statistics of each latent there are; the second alone is made positive.
+    nstatistic_heads : how many statistics of each latent there are; the second alone is made positive.
     """
 
-    def __init__(self, generator: TopDownGenerator, n_heads: int = 2) -> None:
+    def __init__(self, generator: TopDownGenerator, nstatistic_heads: int = 2) -> None:
         super().__init__()
         channels, feature_size = generator.channels, generator.feature_size
         n_halvings = (generator.image_shape[1] // feature_size).bit_length() - 1
@@ -32,11 +32,11 @@ class BottomUpEncoder(nn.Module):
         down = [nn.Conv2d(a, b, 4, stride=2, padding=1) for a, b in zip(widths, widths[1:])]
         self.input = nn.Sequential(*[part for conv in down for part in (conv, nn.GELU())])
         upwards = generator.latent_dims[::-1]
-        self.deterministic = nn.ModuleList(_Deterministic(channels) for _ in upwards)
+        self.deterministic = nn.ModuleList(DeterministicBlock(channels) for _ in upwards)
         self.heads = nn.ModuleList(
-            nn.ModuleList(_head(channels, d, feature_size) for _ in range(n_heads)) for d in upwards
+            nn.ModuleList(statistic_head(channels, d, feature_size) for _ in range(nstatistic_heads)) for d in upwards
         )
-        self.apply(_xavier)
+        self.apply(xavier_normal)
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
         features, layers = self.input(x), []

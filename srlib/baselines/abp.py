@@ -24,11 +24,11 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from ..generators import TopDownGenerator, check_whole
+from ..generators import Generator, check_whole, given_or_fresh
 from ..langevin import short_run
-from ..learning import ShortRun, _without_collapse
+from ..learning import ShortRun
 from ..posterior import Posterior
-from ..training import History, TrainingLoop, TrainingPlan
+from ..training import History, TrainingPlan
 from ._options import checked_options
 
 if TYPE_CHECKING:
@@ -48,7 +48,7 @@ class ABP(ShortRun):
 
     def __init__(
         self,
-        generator: TopDownGenerator,
+        generator: Generator,
         n_steps: int = 40,
         step_size: float = 0.045,
         sigma: float = 0.3,
@@ -72,24 +72,9 @@ class ABP(ShortRun):
 
         The chains [n, d] belong to the training (`own.chains` in its `resume_file`) and are not part of the system.
         """
-        if min(plan.batch_size, len(images)) == 1:
-            raise ValueError("batches of 1 image: whether the generator collapses is seen from 2 images on; use more")
-        rng = rng or torch.Generator().manual_seed(int(torch.randint(2**62, ())))
+        rng = given_or_fresh(rng)
         chains = self.generator.sample_prior(max(1, len(images)), rng)
-        loop = TrainingLoop(self, images, plan, rng, directory, progress=progress, own={"chains": chains})
-        for t, x, index in loop:  # 1. draw observed examples
-            index = index.to(chains.device)
-            sigma = self.sigma_at(t / plan.n_updates)
-            s = self.step_size * (sigma / self.sigma) ** 2
-            posterior = Posterior(self.generator, x, sigma)
-            chains[index] = inferred = self._run(
-                posterior, s, chains[index], rng, t
-            )  # 2. K steps from the last epoch's
-            residual = posterior.residual(inferred)
-            loss = -posterior.log_joint(inferred, residual).mean()  # 3. update theta by Eq. (21)
-            spread = (x - residual).detach().std(0).mean() / x.std(0).mean().clamp_min(torch.finfo(x.dtype).eps)
-            loop.update(loss, step_size=s, sigma=sigma, mse=residual.detach().square().mean(), spread=spread)
-        return _without_collapse(loop.finish())
+        return self._learn(images, plan, rng, directory, progress, chains)
 
     def infer(self, x: Tensor, mask: Tensor | None = None, rng: torch.Generator | None = None) -> Tensor:
         """Latents [n, d] after `test_steps` steps from the prior: a cold start, for training images too."""
@@ -113,7 +98,7 @@ def builder(config: Config) -> Callable[[tuple[int, int, int]], ABP]:
 
     def build(image_shape: tuple[int, int, int]) -> ABP:
         return ABP(
-            TopDownGenerator(config.latent_dims, image_shape, config.channels, config.feature_size),
+            config.new_generator(image_shape),
             config.n_steps,
             config.step_size,
             config.sigma,

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from ..generators import Generator, TopDownGenerator, check_positive, check_whole, randn_like
+from ..generators import Generator, check_positive, check_whole, given_or_fresh, randn_like
 from ..posterior import Posterior, frozen
 from ..system import Source, System
 from ..training import History, TrainingLoop, TrainingPlan
@@ -93,7 +93,7 @@ class GLO(System):
         code_norm, the mean of |z| over the batch. The latents [n, d] belong to the training (`own.latents` in its
         `resume_file`); what the system keeps of them is their Gaussian.
         """
-        rng = rng or torch.Generator().manual_seed(int(torch.randint(2**62, ())))
+        rng = given_or_fresh(rng)
         latents = self._pca_latents(images, rng)
         n, d = latents.shape
         loop = TrainingLoop(self, images, plan, rng, directory, progress=progress, own={"latents": latents})
@@ -197,7 +197,6 @@ def builder(config: Config) -> Callable[[tuple[int, int, int]], GLO]:
     options = checked_options(config, {p.name: p.default for p in parameters})
 
     def build(image_shape: tuple[int, int, int]) -> GLO:
-        generator = TopDownGenerator(config.latent_dims, image_shape, config.channels, config.feature_size)
-        return GLO(generator, **options)
+        return GLO(config.new_generator(image_shape), **options)
 
     return build

@@ -27,7 +27,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..generators import Generator, check_whole
+from ..generators import Generator, check_whole, given_or_fresh
 from ..system import Source, System
 from ..training import History, TrainingLoop, TrainingPlan
 from ._options import checked_options
@@ -281,7 +281,7 @@ class Glow(System):
 
         The first batch initialises the actnorms. Returns the history: loss, the bits per dimension of each batch.
         """
-        rng = rng or torch.Generator().manual_seed(int(torch.randint(2**62, ())))
+        rng = given_or_fresh(rng)
         optimizer = torch.optim.Adamax
         loop = TrainingLoop(self, images, plan, rng, directory, progress=progress, optimizer_type=optimizer)
         for _, x, _ in loop:
@@ -299,6 +299,10 @@ class Glow(System):
     def bits_per_dimension(self, x: Tensor, rng: torch.Generator | None = None) -> Tensor:
         """[n], from one draw of the dequantising noise, for 8-bit images x [n, C, H, W] scaled to [-1, 1] (Eq. 2)."""
         return -self.log_prob(dequantised(x, rng)) / (x[0].numel() * math.log(2)) - math.log2(BIN)
+
+    @torch.no_grad()
+    def likelihood(self, x: Tensor, rng: torch.Generator | None = None) -> dict[str, Tensor]:
+        return {"bits_per_dimension": self.bits_per_dimension(x, rng)}
 
     @torch.no_grad()
     def infer(self, x: Tensor, mask: Tensor | None = None, rng: torch.Generator | None = None) -> Tensor:

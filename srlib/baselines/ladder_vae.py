@@ -64,4 +64,9 @@ def builder(config: Config) -> Callable[[tuple[int, int, int]], LadderVAE]:
 
     options: warmup; that it lasts for a tenth of training unless told otherwise is our choice.
     """
+    if config.generator != "top_down":
+        raise ValueError(
+            f"generator={config.generator!r}: the ladder VAE merges with priors that depend on the layers above; use "
+            "system vae, which with this generator is the variational ladder autoencoder of Zhao et al. (2017)"
+        )
     return assembler(config, LadderVAE, {"warmup": 0.1})

@@ -22,9 +22,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 import torch
 from torch import Tensor, nn
 
-from ..generators import Generator, TopDownGenerator, check_positive, check_whole, randn_like
+from ..generators import Generator, check_whole, given_or_fresh, randn_like
 from ..posterior import Posterior
-from ..system import System
+from ..system import NoisySystem, check_fraction
 from ..training import History, TrainingLoop, TrainingPlan
 from ._encoder import BottomUpEncoder
 from ._options import checked_options
@@ -45,14 +45,14 @@ class Draw(NamedTuple):
     decode: Callable[[], Tensor]  # the mean image g(e) [n, C, H, W], computed when called
 
 
-class VAE(System):
+class VAE(NoisySystem):
     """A generator with an inference network.
 
     Parameters
     ----------
     generator : g_theta.
     encoder : images [n, C, H, W] -> m(x) and t(x) > 0, both [n, d].
-    sigma, sigma_start, anneal_fraction : of the pixel noise, as in `ShortRun`.
+    sigma, sigma_start, anneal_fraction : of the pixel noise, as in `NoisySystem`.
     warmup : the KL counts by a factor that goes linearly from 0 to 1 over this fraction of training (Sonderby et al. 2016);
         0 is none.
     """
@@ -66,16 +66,9 @@ class VAE(System):
         anneal_fraction: float = 0.5,
         warmup: float = 0.0,
     ) -> None:
-        super().__init__(generator)
-        self.encoder = encoder
-        self.sigma, self.sigma_start = sigma, sigma if sigma_start is None else sigma_start
-        self.anneal_fraction, self.warmup = anneal_fraction, warmup
-        check_positive("sigma", sigma)
-        check_positive("sigma_start", self.sigma_start)
-        if sigma > self.sigma_start:
-            raise ValueError(f"sigma={sigma} must not be above sigma_start={self.sigma_start}")
-        _check_fraction("anneal_fraction", anneal_fraction)
-        _check_fraction("warmup", warmup)
+        super().__init__(generator, sigma, sigma_start, anneal_fraction)
+        self.encoder, self.warmup = encoder, warmup
+        check_fraction("warmup", warmup)
 
     def draw(self, x: Tensor, rng: torch.Generator | None = None) -> Draw:
         """One draw from q(e | x) for images x [n, C, H, W], differentiable in the weights of encoder and generator."""
@@ -95,7 +88,7 @@ class VAE(System):
         Returns the history, one number for each update: loss (-ELBO per image in nats, but for the factor of the KL), sigma, mse
         (per pixel, on [-1, 1]), kl (nats per image) and warmup (the factor of the KL).
         """
-        rng = rng or torch.Generator().manual_seed(int(torch.randint(2**62, ())))
+        rng = given_or_fresh(rng)
         loop = TrainingLoop(self, images, plan, rng, directory, progress=progress)
         for t, x, _ in loop:
             sigma, weight = self.sigma_at(t / plan.n_updates), self.kl_weight_at(t / plan.n_updates)
@@ -136,11 +129,8 @@ class VAE(System):
                 total += posterior.log_joint(draw.e, x - draw.decode()) - draw.log_q
         return total / n_samples
 
-    def sigma_at(self, progress: float) -> float:
-        """sigma when the fraction `progress` in [0, 1] of training is done: that of `ShortRun.sigma_at`."""
-        if progress >= self.anneal_fraction:
-            return self.sigma
-        return self.sigma_start * (self.sigma / self.sigma_start) ** (progress / self.anneal_fraction)
+    def likelihood(self, x: Tensor, rng: torch.Generator | None = None) -> dict[str, Tensor]:
+        return {"elbo": self.elbo(x, 1, rng)}
 
     def kl_weight_at(self, progress: float) -> float:
         """The factor of the KL when the fraction `progress` in [0, 1] of training is done."""
@@ -174,7 +164,7 @@ def assembler(
         raise ValueError(f"step_size_search={config.step_size_search!r}: {config.system} has no step size; use none")
 
     def build(image_shape: tuple[int, int, int]) -> AnyVAE:
-        generator = TopDownGenerator(config.latent_dims, image_shape, config.channels, config.feature_size)
+        generator = config.new_generator(image_shape)
         encoder = BottomUpEncoder(generator, n_heads)
         return kind(generator, encoder, config.sigma, config.sigma_start, config.anneal_fraction, **options)
 
@@ -184,8 +174,3 @@ def assembler(
 def builder(config: Config) -> Callable[[tuple[int, int, int]], VAE]:
     """Image shape -> the untrained system. Raises ValueError for entries of `config` that do not fit. options: warmup."""
     return assembler(config, VAE, {"warmup": 0.0})
-
-
-def _check_fraction(name: str, value: float) -> None:
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value <= 1:
-        raise ValueError(f"{name}={value!r} must lie in [0, 1]")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import statistics
+import time
 from collections.abc import Callable
 
 import torch
@@ -13,6 +15,16 @@ from ..system import System
 def reconstructions(system: System, images: Tensor, rng: torch.Generator, batch_size: int = 250) -> Tensor:
     """One reconstruction of each image [n, C, H, W] (uint8, or floats in [-1, 1]), as floats on the CPU."""
     return torch.cat([system.reconstruct(system.as_input(batch), rng=rng).cpu() for batch in images.split(batch_size)])
+
+
+def inference_seconds(system: System, images: Tensor, batch_size: int = 100) -> float:
+    """Wall seconds per image of `infer` for images [n, C, H, W] in batches: the median over at most five batches."""
+    timed = []
+    for batch in images.split(batch_size)[:5]:
+        x, started = system.as_input(batch), time.perf_counter()
+        system.infer(x).sum().item()  # .item(): a GPU has then finished
+        timed.append((time.perf_counter() - started) / len(batch))
+    return statistics.median(timed)
 
 
 def squared_error(images: Tensor, reconstructed: Tensor) -> Tensor:
