@@ -105,6 +105,23 @@ def test_the_log_determinant_of_the_whole_is_that_of_autograd(coupling, learntop
 
 
 @COUPLINGS
+@pytest.mark.parametrize("shape, n_levels, scale, error", [((1, 2, 2), 1, 0.1, 1e-3), ((1, 4, 4), 2, 0.05, 0.02)])
+def test_the_density_integrates_to_one(coupling, shape, n_levels, scale, error, device):
+    """By brute force, without autograd or the change of variables: quasi-random points of a Gaussian wider than the samples."""
+    f = flow(shape, n_levels=n_levels, coupling=coupling, learntop=True).double()
+    rng = torch.Generator().manual_seed(0)
+    f.initialise(0.4 * torch.randn(64, *shape, dtype=torch.float64, generator=rng))  # scales that are far from 1
+    system = glow.Glow(disturbed(f, scale=scale)).to(device)
+    with torch.no_grad():
+        samples = f(f.sample_prior(4000, rng)).flatten(1)
+        wider = torch.distributions.MultivariateNormal(samples.mean(0), 1.2**2 * samples.T.cov())
+        u = torch.quasirandom.SobolEngine(f.latent_dim, scramble=True, seed=0).draw(2**15, dtype=torch.float64)
+        x = wider.loc + torch.special.ndtri(u.clamp(1e-15, 1 - 1e-15)).to(device) @ wider.scale_tril.T
+        integral = (system.log_prob(x.unflatten(1, shape)) - wider.log_prob(x)).exp().mean().item()
+    assert integral == pytest.approx(1, abs=error)
+
+
+@COUPLINGS
 @pytest.mark.parametrize("dtype", EXACT)
 @pytest.mark.parametrize("shape, n_levels", [((1, 28, 28), 2), ((3, 32, 32), 3)])
 def test_the_whole_is_inverted_before_and_after_training(coupling, dtype, shape, n_levels, device):
