@@ -418,6 +418,8 @@ def test_the_callers_generator_and_torchs_random_state_are_left_alone(linear_pos
         (lambda p: srlib.StepSizeSearch("newton"), "method='newton' is unknown"),
         (lambda p: srlib.StepSizeSearch(estimator="x"), "estimator='x' is unknown"),
         (lambda p: srlib.StepSizeSearch(n_images=1), "n_images=1"),
+        (lambda p: srlib.StepSizeSearch(width=0.0), "width=0.0"),
+        (lambda p: srlib.StepSizeSearch(learning_rate=-1.0), "learning_rate=-1.0"),
         (lambda p: srlib.StepSizeSearch(factors=(1.0, -1.0)), "factors"),
         (lambda p: srlib.StepSizeSearch(factors=()), "factors"),
     ],
@@ -447,6 +449,46 @@ def fit(images, search, n_updates=6, seed=0, directory=None):
 
 
 SEARCHES = [srlib.StepSizeSearch("grid"), srlib.StepSizeSearch("descent", n_images=6)]
+
+
+@pytest.mark.parametrize("start", [1 / 5, 3])
+@pytest.mark.parametrize("latents, n_steps", [(2, 5), (3, 10)])
+def test_repeated_descents_with_fresh_numbers_arrive_at_the_optimum_and_stay(latents, n_steps, start):
+    """20 updates of s on 32 chains each, none of them accepted or rejected."""
+    single = random_model(latents, False, seed=latents)
+    optimum, _ = best_constant(srlib.ClosedForm(single), n_steps)
+    s, search = start * optimum, srlib.StepSizeSearch("descent", n_images=32)
+    path = [s := search(single, s, n_steps, seeded(i)).step_size.item() for i in range(20)]
+    assert path[12:] == pytest.approx([optimum] * 8, rel=0.15), [s / optimum for s in path]
+
+
+def test_a_step_of_descent_is_whole_where_chains_agree_and_short_where_they_do_not(monkeypatch, linear_posterior):
+    """Where a chain diverged above s, or one is far beyond all others, too."""
+    search = srlib.StepSizeSearch("descent", learning_rate=0.5)
+    posterior = linear_posterior(4)
+
+    def step(slopes):
+        slopes = torch.tensor(slopes, dtype=torch.float64, device=posterior.x.device)
+        monkeypatch.setattr(step_size, "kl_objective", lambda p, s, *_, **__: s.log() * slopes)
+        return math.log(search(posterior, 1e-3, 3, seeded()).step_size.item() / 1e-3)
+
+    assert step([-2.0, -2.0, -2.0, -2.0]) == pytest.approx(0.5)
+    assert step([1.0, -1.0, 1.0, -1.0]) == pytest.approx(0.0, abs=1e-9)
+    assert step([1e9, -1.0, -1.0, -1.0]) == pytest.approx(-0.25, rel=1e-6)
+
+
+def test_descent_goes_down_where_the_larger_step_size_diverges(linear_posterior):
+    posterior, search = linear_posterior(2), srlib.StepSizeSearch("descent", learning_rate=0.5)
+    above = 0.0
+    s = 1.0 / curvatures(posterior).max().item()
+    while math.isfinite(above):
+        s *= 1.2
+        above = (
+            step_size._values(posterior, torch.tensor(s * math.exp(0.35)), 50, "linear_noise", seeded()).max().item()
+        )
+    found = search(posterior, torch.tensor(s), 50, seeded())
+    assert found.objective[1].isinf() and found.objective[0].isfinite()
+    assert found.step_size.item() == pytest.approx(s * math.exp(-0.5), rel=1e-6)
 
 
 @pytest.mark.parametrize("search", SEARCHES, ids=["grid", "descent"])
