@@ -454,12 +454,16 @@ SEARCHES = [srlib.StepSizeSearch("grid"), srlib.StepSizeSearch("descent", n_imag
 @pytest.mark.parametrize("start", [1 / 5, 3])
 @pytest.mark.parametrize("latents, n_steps", [(2, 5), (3, 10)])
 def test_repeated_descents_with_fresh_numbers_arrive_at_the_optimum_and_stay(latents, n_steps, start):
-    """20 updates of s on 32 chains each, none of them accepted or rejected."""
+    """20 updates on 128 chains each. None is accepted or rejected, so s keeps moving a little, around the optimum."""
     single = random_model(latents, False, seed=latents)
     optimum, _ = best_constant(srlib.ClosedForm(single), n_steps)
-    s, search = start * optimum, srlib.StepSizeSearch("descent", n_images=32)
-    path = [s := search(single, s, n_steps, seeded(i)).step_size.item() for i in range(20)]
-    assert path[12:] == pytest.approx([optimum] * 8, rel=0.15), [s / optimum for s in path]
+    s, search, path = start * optimum, srlib.StepSizeSearch("descent", n_images=128), []
+    for i in range(20):
+        s = search(single, s, n_steps, seeded(i)).step_size.item()
+        path.append(s)
+    last = torch.tensor(path[12:])
+    assert last.log().mean().exp().item() == pytest.approx(optimum, rel=0.15)
+    assert (last / optimum).log().abs().max() < 0.25
 
 
 def test_a_step_of_descent_is_whole_where_chains_agree_and_short_where_they_do_not(monkeypatch, linear_posterior):
