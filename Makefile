@@ -6,6 +6,7 @@ SHELL := /bin/bash
 PYTHON ?= python3
 PROFILE ?=
 JOBS ?=
+ONLY ?=
 SEEDS ?=
 LAUNCH ?=
 export LAUNCH
@@ -28,6 +29,7 @@ help:  ## this list
 	@echo
 	@echo "PROFILE=quick|digits|reference|paper   which runs (run-all: quick; book, serve: digits)"
 	@echo "JOBS=N  runs at a time (default: the cores)      SEEDS=0,1,2  instead of the seeds in the run matrix"
+	@echo 'ONLY="NAME ..."  these runs and chapters alone, as named in the run matrix papermill_runs/PROFILE.yaml'
 	@echo 'LAUNCH="srun --gres=gpu:1"  put before each run  SRLIB_DATA=DIR  where the images are   PYTHON=python3.12'
 
 setup: $(READY)  ## a virtual environment in .venv with the exact versions of requirements.lock
@@ -43,7 +45,7 @@ $(READY): requirements.lock pyproject.toml
 	@touch $@
 
 run-all: $(READY)  ## execute every run and chapter of PROFILE (resumes; repeats only what changed), then build the book
-	@$(PIPELINE) run $(RUN_PROFILE) $(if $(JOBS),--jobs $(JOBS)) $(WITH_SEEDS)
+	@$(PIPELINE) run $(RUN_PROFILE) $(if $(JOBS),--jobs $(JOBS)) $(if $(ONLY),--only $(ONLY)) $(WITH_SEEDS)
 	@$(PIPELINE) book $(RUN_PROFILE) $(WITH_SEEDS)
 
 book: $(READY)  ## build the HTML book from the results of PROFILE, running nothing

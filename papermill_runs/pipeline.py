@@ -1,6 +1,7 @@
 """Executes the runs and chapters of a profile through papermill, and builds the book from what came out.
 
     pipeline.py run PROFILE [--jobs N] [--seeds 0,1,2] [--only NAME ...]   everything that is not up to date
+    pipeline.py list PROFILE                                               all jobs, what they may take, and their state
     pipeline.py execute PROFILE NAME                                       one job; what $LAUNCH is put before
     pipeline.py book PROFILE                                               the book, from the results as they are
 
@@ -61,6 +62,7 @@ class Job:
     needs: tuple[str, ...] = ()
     seconds: float = 60.0
     config: experiment.Config | None = field(default=None, compare=False)
+    optional: bool = field(default=False, compare=False)  # the book does without it, and says so
 
 
 @dataclass(frozen=True)
@@ -69,6 +71,7 @@ class Profile:
     label: str
     jobs: dict[str, Job]
     seeds: list[int] | None  # instead of those in the matrix
+    by_priority: bool = False  # runs start in the order of the matrix; the book shows unfinished ones as such
     root: Path = ROOT
 
     @property
@@ -100,12 +103,13 @@ def load_profile(name: str, seeds: list[int] | None = None, root: Path = ROOT) -
         matrix = checkpoints.read_yaml(path)
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise PipelineError(f"{path}: {error}") from error
-    _check_mapping(path, matrix, {"label", "defaults", "runs", "chapters"})
+    _check_mapping(path, matrix, {"label", "by_priority", "estimates", "defaults", "runs", "chapters"})
     defaults = _entry(path, matrix, "defaults", {}, dict)
+    by_priority = _entry(path, matrix, "by_priority", False, bool)
+    per_update = seconds_per_update(root / _entry(path, matrix, "estimates", "", str))
     folder, jobs = root / "papermill_runs" / name, {}
     for row in _entry(path, matrix, "runs", [], list):
         _check_mapping(path, row, None)
-        seconds = _entry(path, row, "seconds", 60.0, (int, float))
         own_seeds = _entry(path, row, "seeds", [0], list)
         given = {entry: value for entry, value in row.items() if entry not in ("seeds", "seconds")}
         for seed in seeds if seeds is not None else own_seeds:
@@ -113,6 +117,8 @@ def load_profile(name: str, seeds: list[int] | None = None, root: Path = ROOT) -
                 config = experiment.Config.from_dict({**defaults, **given, "seed": seed})
             except ValueError as error:
                 raise PipelineError(f"{path}, run {row.get('name')!r}: {error}") from error
+            known = per_update.get(row_hash(config), 60.0 / config.n_updates) * config.n_updates
+            seconds = _entry(path, row, "seconds", known, (int, float))
             run = f"{config.name}-seed{seed}"
             if run in jobs:
                 raise PipelineError(f"{path}: two runs are named {run!r}, and would write one directory")
@@ -122,7 +128,8 @@ def load_profile(name: str, seeds: list[int] | None = None, root: Path = ROOT) -
                 "output": os.path.relpath(here, root / "papermill_runs"),
             }
             notebook = root / "papermill_runs" / "train.md"
-            jobs[run] = Job(run, notebook, here / "train.ipynb", here / "job.json", parameters, (), seconds, config)
+            files = (here / "train.ipynb", here / "job.json")
+            jobs[run] = Job(run, notebook, *files, parameters, (), seconds, config, by_priority)
     for row in _entry(path, matrix, "chapters", [], list):
         _check_mapping(path, row, {"notebook", "needs", "seconds"})
         chapter, wanted = _entry(path, row, "notebook", "", str), _entry(path, row, "needs", [], list)
@@ -140,7 +147,20 @@ def load_profile(name: str, seeds: list[int] | None = None, root: Path = ROOT) -
         parameters = {"profile": name} | {entry: value for entry, value in offered.items() if entry in known}
         seconds = _entry(path, row, "seconds", 30.0, (int, float))
         jobs[chapter] = Job(chapter, notebook, output, output.with_suffix(".json"), parameters, needs, seconds)
-    return Profile(name, _entry(path, matrix, "label", "", str), jobs, seeds, root)
+    return Profile(name, _entry(path, matrix, "label", "", str), jobs, seeds, by_priority, root)
+
+
+def seconds_per_update(path: Path) -> dict[str, float]:
+    """What benchmarks/dry_run.py measured on one core: `row_hash` of a row -> seconds of an update."""
+    rows = checkpoints.read_json(path)["rows"].values() if path.is_file() else []
+    return {row["config"]: row["seconds_per_update"] for row in rows}
+
+
+def row_hash(config: experiment.Config) -> str:
+    """A hash of a row of the matrix, whatever its seed: of the entries that differ from what they are by default."""
+    default = asdict(experiment.Config(config.name))
+    given = {entry: value for entry, value in asdict(config).items() if value != default[entry] and entry != "seed"}
+    return checkpoints.checksum({"name": config.name, **given})
 
 
 def _check_mapping(path: Path, row: Any, known: set[str] | None) -> None:
@@ -156,8 +176,8 @@ def _entry(path: Path, row: dict[str, Any], name: str, default: Any, kind: type 
     value = row.get(name)
     if value is None:
         return default
-    if isinstance(value, bool) or not isinstance(value, kind):
-        wanted = {dict: "a mapping", list: "a list", str: "text"}.get(kind, "a number")
+    if isinstance(value, bool) != (kind is bool) or not isinstance(value, kind):
+        wanted = {dict: "a mapping", list: "a list", str: "text", bool: "true or false"}.get(kind, "a number")
         raise PipelineError(f"{path}: {name}: {value!r} must be {wanted}")
     return value
 
@@ -199,7 +219,8 @@ def diverged(job: Job) -> str | None:
 def absence(job: Job) -> str | None:
     """Why there is no result although nothing went wrong, or None."""
     reasons = {"not run": not_run(job), "diverged": diverged(job)}
-    return next((f"{word}: {reason}" for word, reason in reasons.items() if reason), None)
+    reason = next((f"{word}: {reason}" for word, reason in reasons.items() if reason), None)
+    return "not finished" if reason is None and job.optional and not job.result.exists() else reason
 
 
 def up_to_date(job: Job, profile: Profile) -> bool:
@@ -359,18 +380,21 @@ def without_machine_traces(notebook: nbformat.NotebookNode) -> nbformat.Notebook
 
 def run(profile: Profile, n_jobs: int, only: list[str]) -> list[str]:
     """Bring all jobs up to date, `n_jobs` at a time; returns the names of those that failed."""
-    check_names(only, profile)
+    wanted = named(only, profile)
     launch = launch_words()
-    chosen = [job for name, job in profile.jobs.items() if not only or name in only]
+    chosen = [job for name, job in profile.jobs.items() if not only or name in wanted]
     # a run's result decides the keys of the chapters that read it, so runs come first
     absent = [job for job in chosen if diverged(job) or (not_run(job) and still_absent(job))]
     stale = [job for job in chosen if job not in absent and (not_run(job) or not up_to_date(job, profile))]
     stale = [job for job in chosen if job in stale or any(profile.jobs[n] in stale for n in job.needs)]
     n_done = len(chosen) - len(stale) - len(absent)
-    print(f"{profile.name}: {n_done} of {len(chosen)} jobs are up to date, {len(stale)} to run", flush=True)
+    cost = f", about {_duration(sum(map(_expected, stale)))} on one CPU core" if stale else ""
+    print(f"{profile.name}: {n_done} of {len(chosen)} jobs are up to date, {len(stale)} to run{cost}", flush=True)
     for job in absent:
         print(f"{job.name}  {absence(job)}", flush=True)
-    waiting = sorted(stale, key=lambda job: (job.config is None, -_expected(job)))
+    # the longest first, so that all cores have work to the end; or in the order of the matrix
+    longest_first = stale if profile.by_priority else sorted(stale, key=lambda job: -_expected(job))
+    waiting = sorted(longest_first, key=lambda job: job.config is None)
     logs, started = profile.folder / "logs", time.monotonic()
     logs.mkdir(parents=True, exist_ok=True)
     running: dict[str, tuple[Job, subprocess.Popen, float]] = {}
@@ -439,10 +463,24 @@ def run(profile: Profile, n_jobs: int, only: list[str]) -> list[str]:
     return failed
 
 
-def check_names(names: list[str], profile: Profile) -> None:
-    unknown = sorted(set(names) - set(profile.jobs))
-    if unknown:
+def table(profile: Profile) -> str:
+    """Every job with what it may take on one core and the state of its result, in the order of the matrix."""
+    width = max(map(len, profile.jobs))
+    lines = [f"{profile.name}: {profile.label}"]
+    for job in profile.jobs.values():
+        state = absence(job) or ("up to date" if up_to_date(job, profile) else "to run")
+        lines.append(f"{job.name:{width}}  {_duration(_expected(job)):>9}  {state}")
+    total = _duration(sum(map(_expected, profile.jobs.values())))
+    return "\n".join([*lines, f"{len(profile.jobs)} jobs, about {total} on one CPU core together"])
+
+
+def named(names: list[str], profile: Profile) -> set[str]:
+    """The jobs that these names mean; that of a row of the matrix, without a seed, means its runs with all seeds."""
+    of_rows = {job.name: job.config.name for job in profile.runs}
+    jobs = {name: {job for job in profile.jobs if name in (job, of_rows.get(job))} for name in names}
+    if unknown := sorted(name for name, found in jobs.items() if not found):
         raise PipelineError(f"no such run or chapter: {', '.join(unknown)}; there are: {', '.join(profile.jobs)}")
+    return set().union(*jobs.values())
 
 
 def launch_words() -> list[str]:
@@ -629,6 +667,14 @@ def _clock(seconds: float) -> str:
     return f"{int(seconds) // 60}:{int(seconds) % 60:02d}"
 
 
+def _duration(seconds: float) -> str:
+    """Rounded, in a unit that suits it."""
+    for unit, size in (("days", 86400), ("h", 3600), ("min", 60)):
+        if seconds >= 1.5 * size:
+            return f"{seconds / size:.3g} {unit}"
+    return f"{seconds:.2g} s"
+
+
 def seed_list(text: str) -> list[int]:
     if not re.fullmatch(r"\s*\d+\s*(,\s*\d+\s*)*", text):
         raise argparse.ArgumentTypeError(f"{text!r} must be whole numbers with commas between them, such as 0,1,2")
@@ -638,7 +684,7 @@ def seed_list(text: str) -> list[int]:
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
-    for command in ("run", "execute", "book"):
+    for command in ("run", "list", "execute", "book"):
         sub = commands.add_parser(command)
         sub.add_argument("profile")
         if command == "run":
@@ -655,10 +701,14 @@ def main(arguments: list[str] | None = None) -> int:
         if given.command == "book":
             print(f"the book is at {build_book(profile)}")
             return 0
+        if given.command == "list":
+            print(table(profile))
+            return 0
         if given.command == "execute":
-            check_names([given.name], profile)
+            wanted = named([given.name], profile)
             end_with(int(os.environ.get(STARTED_BY, 0)))
-            execute(profile.jobs[given.name], profile)
+            for name in sorted(wanted):
+                execute(profile.jobs[name], profile)
             return 0
         if given.jobs < 1:
             raise PipelineError(f"--jobs {given.jobs}: at least one job at a time")

@@ -229,6 +229,7 @@ def test_mistyped_names_are_refused_before_anything_starts(project):
         ({"runs": [{"name": "tiny", "seconds": "fast"}]}, "seconds: 'fast' must be a number"),
         ({"runs": [{"name": "tiny"}, {"name": "tiny"}]}, "two runs are named 'tiny-seed0'"),
         ({"defaults": [1]}, r"defaults: \[1\] must be a mapping"),
+        ({"by_priority": 1}, "by_priority: 1 must be true or false"),
     ]:
         write_matrix(root, matrix | change)
         with pytest.raises(pipeline.PipelineError, match=message):
@@ -371,6 +372,60 @@ def test_seeds_replace_those_of_the_matrix(project):
     assert [job.name for job in profile.runs] == ["tiny-seed0", "tiny-seed7"]
     assert profile.jobs["reader"].needs == ("tiny-seed0", "tiny-seed7")
     assert profile.jobs["tiny-seed7"].parameters["config"]["seed"] == 7
+
+
+def test_the_name_of_a_row_means_its_runs_with_all_seeds(project):
+    root, _ = project
+    profile = pipeline.load_profile("quick", [0, 7], root)
+    assert pipeline.named(["tiny"], profile) == {"tiny-seed0", "tiny-seed7"}
+    assert pipeline.named(["tiny-seed7", "alone"], profile) == {"tiny-seed7", "alone"}
+    with pytest.raises(pipeline.PipelineError, match="no such run or chapter: other, tiny-seed1; there are: tiny"):
+        pipeline.named(["tiny-seed1", "alone", "other"], profile)
+
+
+@pytest.mark.parametrize("by_priority", [False, True])
+def test_the_longest_run_is_started_first_unless_the_matrix_gives_priorities(project, capsys, monkeypatch, by_priority):
+    root, matrix = project
+    runs = [{"name": "short", "seconds": 5}, {"name": "long", "seconds": 9000}, {"name": "longer", "seconds": 36000}]
+    write_matrix(root, matrix | {"runs": runs, "chapters": [], "by_priority": by_priority})
+    monkeypatch.setenv("LAUNCH", "true")  # starts nothing
+    pipeline.run(pipeline.load_profile("quick", root=root), 1, [])
+    told = capsys.readouterr().out
+    assert "0 of 3 jobs are up to date, 3 to run, about 12.5 h on one CPU core" in told
+    started = [line.split()[-2] for line in told.splitlines() if line.endswith("started")]
+    assert started == ["short-seed0", "long-seed0", "longer-seed0"][:: 1 if by_priority else -1]
+
+
+def test_a_matrix_with_priorities_has_a_book_before_it_is_finished(project, without_kernels):
+    root, matrix = project
+    write_matrix(root, matrix | {"by_priority": True})
+    profile = pipeline.load_profile("quick", root=root)
+    for chapter in profile.chapters:  # one reads the run
+        pipeline.execute(chapter, profile)
+    assert "| tiny-seed0 | digits | | not finished |" in pipeline.runs_page(profile)
+    assert "tiny-seed0        5 s  not finished" in pipeline.table(profile)
+    pipeline.execute(profile.jobs["tiny-seed0"], profile)
+    assert pipeline.absence(profile.jobs["tiny-seed0"]) is None
+    assert pipeline.up_to_date(profile.jobs["alone"], profile)
+    assert not pipeline.up_to_date(profile.jobs["reader"], profile)  # there is more to read
+
+
+def test_a_row_without_seconds_is_estimated_from_those_of_its_updates(project):
+    root, _ = project
+    config = pipeline.experiment.Config("tiny", n_updates=3, seed=4)
+    row = {"config": pipeline.row_hash(config), "seconds_per_update": 400}
+    checkpoints.write_json(root / "measured.json", {"rows": {"tiny": row}})
+    for n_updates, seconds, expected in [(3, None, 1200), (3, 5, 5), (2, None, 60)]:  # the last one was not measured
+        rows = [{"name": "tiny", "n_updates": n_updates, "seconds": seconds}]
+        write_matrix(root, {"estimates": "measured.json", "runs": rows})
+        profile = pipeline.load_profile("quick", root=root)
+        assert profile.jobs["tiny-seed0"].seconds == pytest.approx(expected)
+    write_matrix(root, {"estimates": "measured.json", "runs": [{"name": "tiny", "n_updates": 3}]})
+    assert pipeline.table(pipeline.load_profile("quick", [0, 1], root)).splitlines()[1:] == [
+        "tiny-seed0     20 min  to run",
+        "tiny-seed1     20 min  to run",
+        "2 jobs, about 40 min on one CPU core together",
+    ]
 
 
 def test_a_chapter_gets_the_seeds_of_its_runs_if_it_asks_for_them(project):
