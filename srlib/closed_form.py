@@ -59,13 +59,14 @@ class ClosedForm:
         return mean, 0.5 * (covariance + covariance.mT)
 
     def short_run_kl(self, step_size: float | Tensor, n_steps: int) -> Tensor:
-        """KL(q_s || p(e | x)) of Eq. (18): [n]."""
+        """KL(q_s || p(e | x)) of Eq. (18): [n]; inf where overshooting steps take the moments beyond float64."""
         mean, covariance = self.short_run_moments(step_size, n_steps)
         gap = mean - torch.linalg.solve(self.precision, self.shift)
         trace = (self.precision * covariance).sum((1, 2))
         distance = torch.einsum("ni,nij,nj->n", gap, self.precision, gap)
         log_dets = torch.linalg.slogdet(covariance)[1] + torch.linalg.slogdet(self.precision)[1]
-        return 0.5 * (trace + distance - self.shift.shape[1] - log_dets)
+        kl = 0.5 * (trace + distance - self.shift.shape[1] - log_dets)
+        return torch.where((trace + distance).isfinite(), kl, math.inf)  # beside them the logarithm counts for nothing
 
     def log_marginal(self) -> Tensor:
         """log p(x) over the observed pixels: [n]. Uses the d x d forms of determinant and inverse (Woodbury)."""

@@ -108,7 +108,7 @@ def equation_17(posterior: Posterior, chain: Chain, noises: Tensor, chunk_size: 
 
     noises : further draws of eps, [J, K, n, d]; the chain's own is one of the J + 1 in the average.
     """
-    draws = [chain, *(_replayed(posterior, chain, noise) for noise in noises)]
+    draws = [chain, *(_replayed(posterior, chain, noise) for noise in _checked_noises(chain, noises))]
     return _log_mean_exp([change_of_variables(posterior, draw, chunk_size) for draw in draws])
 
 
@@ -121,7 +121,10 @@ def semi_implicit(posterior: Posterior, chain: Chain, noises: Tensor, chunk_size
 
     Raises `NoInverseError` where fixed-point iteration finds no inverse of a step (s too large for the curvature).
     """
-    draws = [chain, *(backwards(posterior, chain.final, chain.step_size, noise) for noise in noises)]
+    draws = [
+        chain,
+        *(backwards(posterior, chain.final, chain.step_size, noise) for noise in _checked_noises(chain, noises)),
+    ]
     return _log_mean_exp([change_of_variables(posterior, draw, chunk_size) for draw in draws])
 
 
@@ -225,6 +228,16 @@ class _Clip(torch.autograd.Function):
 # --- small parts ------------------------------------------------------------------------------------------------------
 
 
+def _checked_noises(chain: Chain, noises: Tensor) -> Tensor:
+    """noises itself, if it is [J, K, n, d] with the chain's K, n and d; a ValueError otherwise."""
+    shape = (chain.n_steps, *chain.initial.shape)
+    if noises.ndim != 4 or noises.shape[1:] != shape:
+        raise ValueError(
+            f"noises has shape {tuple(noises.shape)}, this chain needs [J, K, n, d] = [J, {', '.join(map(str, shape))}]"
+        )
+    return noises
+
+
 def backwards(
     posterior: Posterior, final: Tensor, step_size: Tensor, noise: Tensor, tolerance: float = 1e-10, n_max: int = 2000
 ) -> Chain:
@@ -262,6 +275,8 @@ def backwards(
 
 
 def with_trajectory(posterior: Posterior, chain: Chain) -> Chain:
+    """The chain with all its states; a ValueError if it is not one of as many images as `posterior` has."""
+    posterior.validated(chain.initial)
     return chain if chain.trajectory is not None else _replayed(posterior, chain, chain.noise)
 
 

@@ -28,6 +28,9 @@ Method = Literal["stepwise", "row_by_row", "low_rank"]
 TOLERATED_EIGENVALUE_ERROR = 1e-6
 # "low_rank" serves one of this many steps at a time, those that need it most: one by one is slower, and hardly better.
 STEPS_SHARE = 5
+# Of fewer latents a quarter of the products of "stepwise" does not pay for the 4 probes and the 2 directions that
+# "low_rank" takes at least.
+FEWEST_LATENTS = 24
 
 
 def log_abs_det_jacobian(
@@ -39,12 +42,14 @@ def log_abs_det_jacobian(
         "row_by_row" is section 5.5: the Jacobian of all K steps, one row by one vector-Jacobian product each, then
         its eigenvalues; it loses precision with the condition number of dF/de_0 and warns when it does.
         "low_rank" takes the stiff directions and estimates the rest, with a quarter of the products of "stepwise"
-        (`low_rank_log_abs_det`).
+        (`low_rank_log_abs_det`); of fewer than FEWEST_LATENTS latents, where nothing can be saved, it is "stepwise".
     chunk_size : Hessians computed at a time ("stepwise" only); bounds the memory, changes nothing else.
 
     "stepwise" and "row_by_row" are differentiable with respect to a `step_size` that requires gradients.
+
+    Raises ValueError for an unknown method and for a chain that is not of `posterior`'s images.
     """
-    if method == "stepwise":
+    if method == "stepwise" or (method == "low_rank" and chain.initial.shape[1] < FEWEST_LATENTS):
         return stepwise_log_abs_det(posterior, chain, chunk_size)
     if method == "row_by_row":
         return _row_by_row(posterior, chain)
@@ -122,7 +127,10 @@ def low_rank_log_abs_det(
     n_products = n_steps * d // 4 if n_products is None else n_products
     n_probes = max(4, d // 20) if n_probes is None else n_probes
     if not 2 <= n_probes <= d or not 1 <= block_size <= d - 2:
-        raise ValueError(f"n_probes={n_probes} must lie within 2 ... {d}, block_size={block_size} within 1 ... {d - 2}")
+        raise ValueError(
+            f"n_probes={n_probes} must lie within 2 ... {d}, block_size={block_size} within 1 ... {d - 2}; with few latents "
+            'use method="stepwise"'
+        )
     if n_products < n_steps * (n_probes + block_size):
         raise ValueError(
             f"n_products={n_products} is too few: {n_steps} steps with {n_probes} probes and a block of {block_size} "

@@ -11,9 +11,8 @@ e_0 and eps for every s.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Literal
 
 import torch
@@ -21,7 +20,7 @@ from torch import Tensor
 
 from . import entropy
 from .generators import check_positive, check_whole, randn_like
-from .langevin import Chain, DivergenceError, short_run
+from .langevin import DivergenceError, short_run
 from .posterior import Posterior, frozen
 
 Share = Literal["all", "step", "layer", "example"]
@@ -35,8 +34,10 @@ LOG_STEP_SIZES = (-50.0, 50.0)
 # What a diverged chain's objective counts in a slope: more than any other chain's.
 LARGEST = 1e100
 RandomNumbers = tuple[Tensor, Tensor]
-LogDensity = Callable[[Posterior, Chain], Tensor]
 ESTIMATORS = ("change_of_variables", "equation_17", "semi_implicit", "linear_noise", "path", "path_gaussian")
+N_NOISE = 10
+# What a step size that is too large raises.
+TOO_LARGE = (DivergenceError, entropy.NoInverseError)
 
 
 def kl_objective(
@@ -47,7 +48,7 @@ def kl_objective(
     initial: Tensor | None = None,
     noise: Tensor | None = None,
     rng: torch.Generator | None = None,
-    n_noise: int = 10,
+    n_noise: int = N_NOISE,
 ) -> Tensor:
     """log q_s(e_K) - log p(x, e_K) of one chain for each image: [n], float64; its mean estimates Eq. (19) without log p(x).
 
@@ -63,11 +64,9 @@ def kl_objective(
 
     Raises ValueError for arguments that do not fit, `DivergenceError` for a chain that left all bounds.
     """
-    rng = rng or torch.Generator().manual_seed(int(torch.randint(2**62, ())))
-    with frozen(posterior.generator):
-        chain = short_run(posterior, n_steps, step_size, initial, noise, rng=rng, keep_trajectory=True)
-        log_q = _log_density(estimator, chain, n_noise, rng)
-        return log_q(posterior, chain) - posterior.log_joint(chain.final).double()
+    return _objective(
+        posterior, step_size, estimator, _drawn(posterior, n_steps, estimator, rng, initial, noise, n_noise)
+    )
 
 
 @dataclass(frozen=True)
@@ -77,8 +76,9 @@ class StepSizeResult:
     step_size : the s with the lowest objective, ready for `short_run`: [] (share="all"), [K, 1, 1] ("step"), [d] ("layer": the
         same number for all latents of one layer) or [n, 1] ("example").
     candidates : what was tried, in order: the grid, or the iterates of the descent; [C, *step_size.shape].
-    values : log q_s(e_K) - log p(x, e_K) for each candidate and image, its chains averaged: [C, n]; inf where a chain
-        diverged, a step had no inverse, or an entropy (in a descent, also its gradient) was not finite.
+    values : log q_s(e_K) - log p(x, e_K) for each candidate and image, its chains averaged: [C, n]; inf for an image
+        of which a chain diverged, a step had no inverse, or an entropy was not finite. In a descent it is inf for all images
+        if any of this, or a gradient that is not finite, happens to one of them.
     """
 
     step_size: Tensor
@@ -140,30 +140,25 @@ def grid_search_step_size(
     common : e_0 [n * n_chains, d] and eps [K, n * n_chains, d] (see `moment_matched`), the chains of an image in a row;
         None draws them from `rng`.
 
-    Raises ValueError if no candidate gives a finite objective.
+    Raises ValueError for arguments that do not fit, and if no candidate gives a finite objective (for "example": if there
+    is an image for which none does).
     """
-    if not len(candidates):
-        raise ValueError(
-            "candidates is empty; a usual grid is step_size_from_noise_scale(delta), delta = 0.01 ... 0.15"
-        )
-    check_whole("n_chains", n_chains)
-    rng = rng or torch.Generator().manual_seed(int(torch.randint(2**62, ())))
-    device = posterior.x.device
-    tried = torch.stack([torch.as_tensor(s, dtype=torch.float64, device=device) for s in candidates])
+    tried = _stacked(candidates, posterior.x.device)
     if share not in ("all", "example") or (share == "example" and tried.ndim > 1):
         raise ValueError(
             f"share={share!r}: a grid of numbers is shared by 'all' or chosen by 'example', schedules by 'all'"
         )
-    chains = posterior.repeated(n_chains)
-    tries = [_values(chains, s, n_steps, estimator, rng.clone_state(), common) for s in tried]
-    values = torch.stack([_of_images(value, n_chains) for value in tries])
-    if not values.mean(1).isfinite().any():
+    chains, numbers = _common(posterior, n_chains, n_steps, estimator, rng, common)
+    values = torch.stack([_values(chains, s, estimator, numbers, n_chains) for s in tried])
+    judged = values if share == "example" else values.mean(1, keepdim=True)
+    hopeless = (~judged.isfinite().any(0)).nonzero().flatten().tolist()
+    if hopeless:
         raise ValueError(
-            f"no candidate from {tried.min():.3g} to {tried.max():.3g} gives a finite objective; try smaller ones"
+            f"no candidate from {tried.min():.3g} to {tried.max():.3g} gives a finite objective for "
+            f"{'images ' + str(hopeless) if share == 'example' else 'all images'}; try smaller ones"
         )
-    if share == "example":
-        return StepSizeResult(tried[values.argmin(0)][:, None], tried, values)
-    return StepSizeResult(tried[values.mean(1).argmin()], tried, values)
+    chosen = tried[judged.argmin(0)]
+    return StepSizeResult(chosen[:, None] if share == "example" else chosen[0], tried, values)
 
 
 def descend_step_size(
@@ -180,7 +175,8 @@ def descend_step_size(
 ) -> StepSizeResult:
     """Gradient descent on Eq. (20) over log s by Adam, through chain, determinants and all (section 5.5, Fig. 6b).
 
-    initial : s to start from, a number or a tensor that broadcasts to the shape that `share` says.
+    initial : s to start from, a number, a tensor that broadcasts to the shape that `share` says, or the `step_size` of an
+        earlier descent with the same `share`.
     share : one s for "all", one per "step" (section 4.3 leaves it to future work), per "layer", or per "example".
     n_iterations, learning_rate : steps of Adam, and its learning rate, which goes linearly to 0; the result holds
         n_iterations + 1 iterates, `initial` the first.
@@ -188,19 +184,18 @@ def descend_step_size(
         it fits their noise, and the KL it was meant to lower goes up.
     common : e_0 and eps as in `grid_search_step_size`.
 
-    e_0 and eps are the same for all iterates, so the objective is a function of s and the best iterate is the answer. An iterate whose
-    chain diverges sends the descent back to the best one with half the learning rate.
+    e_0 and eps are the same for all iterates, so the objective is a function of s and the best iterate is the answer. If a
+    chain diverges, be it of one image, the descent goes back to the best iterate with half the learning rate, for all images
+    even where each has its own step size.
 
     Raises ValueError for arguments that do not fit and for an `initial` where the chain diverges.
     """
     check_whole("n_iterations", n_iterations)
     check_positive("learning_rate", learning_rate)
-    check_whole("n_chains", n_chains)
-    rng = rng or torch.Generator().manual_seed(int(torch.randint(2**62, ())))
+    chains, numbers = _common(posterior, n_chains, n_steps, estimator, rng, common)
     log_s = _shared(posterior, initial, n_steps, share).log().requires_grad_()
     optimiser = torch.optim.Adam([log_s], betas=ADAM_BETAS)
     candidates, values, best = [], [], log_s.detach().clone()
-    chains = posterior.repeated(n_chains)
 
     def of_chains(s: Tensor) -> Tensor:
         return s.repeat_interleave(n_chains, 0) if share == "example" else s
@@ -208,7 +203,7 @@ def descend_step_size(
     for i in range(n_iterations):
         s = _expanded(log_s.clamp(*LOG_STEP_SIZES).exp(), posterior, share)
         candidates.append(s.detach())
-        value, gradient = _value_and_gradient(chains, of_chains(s), n_steps, estimator, rng.clone_state(), common)
+        value, gradient = _value_and_gradient(chains, of_chains(s), estimator, numbers)
         value = _of_images(value, n_chains)
         if not values and not value.isfinite().all():
             raise ValueError(f"the objective is not finite at initial={initial}; start from a smaller step size")
@@ -225,7 +220,7 @@ def descend_step_size(
         optimiser.step()
     last = _expanded(log_s.clamp(*LOG_STEP_SIZES).exp(), posterior, share).detach()  # where the last step led to
     candidates.append(last)
-    values.append(_of_images(_values(chains, of_chains(last), n_steps, estimator, rng.clone_state(), common), n_chains))
+    values.append(_values(chains, of_chains(last), estimator, numbers, n_chains))
     means = torch.stack(values).mean(1)
     return StepSizeResult(candidates[int(means.argmin())], torch.stack(candidates), torch.stack(values))
 
@@ -237,8 +232,10 @@ def moment_matched(n_chains: int, n_steps: int, latent_dim: int, rng: torch.Gene
     The mean of a quadratic function over the chains is then exact, so for a linear generator the objective is free
     of Monte Carlo error at every step size.
 
-    Raises ValueError unless n_chains is even and at least 2 (K + 1) d.
+    Raises ValueError unless all are whole numbers and n_chains is even and at least 2 (K + 1) d.
     """
+    for name, value in (("n_chains", n_chains), ("n_steps", n_steps), ("latent_dim", latent_dim)):
+        check_whole(name, value)
     n_numbers = (n_steps + 1) * latent_dim
     if n_chains % 2 or n_chains < 2 * n_numbers:
         raise ValueError(
@@ -252,12 +249,7 @@ def moment_matched(n_chains: int, n_steps: int, latent_dim: int, rng: torch.Gene
 
 
 def _value_and_gradient(
-    posterior: Posterior,
-    s: Tensor,
-    n_steps: int,
-    estimator: str,
-    rng: torch.Generator,
-    common: RandomNumbers | None = None,
+    posterior: Posterior, s: Tensor, estimator: str, numbers: tuple[Tensor, ...]
 ) -> tuple[Tensor, Tensor]:
     """`kl_objective` [n] and the gradient of its mean with respect to s, each chain's part bounded; inf after divergence.
 
@@ -268,9 +260,9 @@ def _value_and_gradient(
     shape = torch.broadcast_shapes(s.shape, (len(posterior), 1))
     own = s.detach().expand(shape).clone().requires_grad_()  # each image's own copy of s
     try:
-        value = kl_objective(posterior, own, n_steps, estimator, *(common or (None, None)), rng=rng)
+        value = _objective(posterior, own, estimator, numbers)
         (parts,) = torch.autograd.grad(value.sum() / len(posterior), own)
-    except (DivergenceError, entropy.NoInverseError):
+    except TOO_LARGE:
         return _infinite(posterior), torch.full_like(s, math.inf)
     if not (value.isfinite().all() and parts.isfinite().all()):
         return _infinite(posterior), torch.full_like(s, math.inf)
@@ -332,20 +324,107 @@ class StepSizeSearch:
         return replace(tried, step_size=current * (-self.learning_rate * direction).exp())
 
 
-def _values(
+def _stacked(candidates: Sequence[float | Tensor], device: torch.device) -> Tensor:
+    """The candidates of a grid as one tensor [C, ...], if they are that; a ValueError otherwise."""
+    try:
+        tensors = [torch.as_tensor(s, dtype=torch.float64, device=device) for s in candidates]
+    except TypeError:
+        raise ValueError(f"candidates={candidates!r} must be a sequence of step sizes, such as [1e-3, 2e-3]") from None
+    if not tensors:
+        raise ValueError(
+            "candidates is empty; a usual grid is step_size_from_noise_scale(delta), delta = 0.01 ... 0.15"
+        )
+    shapes = sorted({tuple(s.shape) for s in tensors})
+    if len(shapes) > 1:
+        raise ValueError(f"candidates have shapes {shapes}; take numbers only, or schedules of one shape")
+    tried = torch.stack(tensors)
+    wrong = tried[~((tried > 0) & (tried < math.inf))]
+    if len(wrong):
+        raise ValueError(f"candidates hold {wrong[0]:.3g}; step sizes must be positive and finite, leave it out")
+    return tried
+
+
+def _common(
     posterior: Posterior,
-    s: Tensor,
+    n_chains: int,
     n_steps: int,
     estimator: str,
-    rng: torch.Generator,
-    common: RandomNumbers | None = None,
-) -> Tensor:
-    """`kl_objective`, with inf where there is no finite value."""
+    rng: torch.Generator | None,
+    given: RandomNumbers | None,
+) -> tuple[Posterior, tuple[Tensor, ...]]:
+    """`n_chains` chains of each image, those of an image in a row, and the random numbers that all candidates share."""
+    check_whole("n_chains", n_chains)
+    if given is not None and not (isinstance(given, (tuple, list)) and len(given) == 2):
+        raise ValueError(
+            f"common is a {type(given).__name__}, it must be the pair e_0, eps, as `moment_matched` makes it"
+        )
+    rng = rng and rng.clone_state()  # the caller's stays where it is
+    chains = posterior.repeated(n_chains)
+    return chains, _drawn(chains, n_steps, estimator, rng, *(given or (None, None)))
+
+
+def _drawn(
+    posterior: Posterior,
+    n_steps: int,
+    estimator: str,
+    rng: torch.Generator | None,
+    initial: Tensor | None,
+    noise: Tensor | None,
+    n_noise: int = N_NOISE,
+) -> tuple[Tensor, ...]:
+    """e_0 [n, d], eps [K, n, d] and, where the estimator takes them, further eps [J, K, n, d]; what is given is kept."""
+    check_whole("n_steps", n_steps)
+    _checked_estimator(estimator)
+    shape, dtype = (len(posterior), posterior.generator.latent_dim), posterior.x.dtype
+    for name, given, needed in (("initial, e_0,", initial, shape), ("noise, eps,", noise, (n_steps, *shape))):
+        if given is not None and (given.shape != needed or given.dtype != dtype):
+            raise ValueError(f"{name} is {given.dtype} {tuple(given.shape)}, these chains need {dtype} {needed}")
+    rng = rng or torch.Generator().manual_seed(int(torch.randint(2**62, ())))
+    if initial is None:
+        initial = posterior.generator.sample_prior(len(posterior), rng)
+    if noise is None:
+        noise = torch.stack(
+            [randn_like(initial, rng) for _ in range(n_steps)]
+        )  # step by step, as `short_run` draws them
+    if estimator not in ("equation_17", "semi_implicit"):
+        return initial, noise
+    check_whole("n_noise", n_noise)
+    return initial, noise, randn_like(initial.new_empty(n_noise, n_steps, *initial.shape), rng)
+
+
+def _objective(posterior: Posterior, s: float | Tensor, estimator: str, numbers: tuple[Tensor, ...]) -> Tensor:
+    """`kl_objective` with the random numbers that `_drawn` returned."""
+    initial, noise, *further = numbers
+    rng = torch.Generator()  # nothing is drawn; without it, torch's global state would move on
+    with frozen(posterior.generator):
+        chain = short_run(posterior, len(noise), s, initial, noise, rng=rng, keep_trajectory=True)
+        return getattr(entropy, estimator)(posterior, chain, *further) - posterior.log_joint(chain.final).double()
+
+
+def _values(posterior: Posterior, s: Tensor, estimator: str, numbers: tuple[Tensor, ...], n_chains: int) -> Tensor:
+    """The mean of `_objective` over the `n_chains` chains of each image: [n]; inf for an image without a finite value.
+
+    A chain that diverges stops all that run with it, so the images are halved until it is alone with its image.
+    """
     try:
-        values = kl_objective(posterior, s, n_steps, estimator, *(common or (None, None)), rng=rng)
-    except (DivergenceError, entropy.NoInverseError):
-        return _infinite(posterior)
-    return torch.where(values.isfinite(), values, math.inf)
+        values = _objective(posterior, s, estimator, numbers)
+    except TOO_LARGE:
+        n_images = len(posterior) // n_chains
+        if n_images == 1:
+            return _infinite(posterior)[:1]
+        halves = torch.arange(len(posterior), device=posterior.x.device).tensor_split([n_images // 2 * n_chains])
+        return torch.cat(
+            [
+                _values(posterior[half], _rows(s, half), estimator, tuple(_rows(t, half) for t in numbers), n_chains)
+                for half in halves
+            ]
+        )
+    return _of_images(torch.where(values.isfinite(), values, math.inf), n_chains)
+
+
+def _rows(tensor: Tensor, rows: Tensor) -> Tensor:
+    """What `tensor` [..., n, d] has for the chains `rows`; itself where it has the same for all chains."""
+    return tensor[..., rows, :] if tensor.ndim > 1 and tensor.shape[-2] > 1 else tensor
 
 
 def _of_images(values: Tensor, n_chains: int) -> Tensor:
@@ -355,15 +434,6 @@ def _of_images(values: Tensor, n_chains: int) -> Tensor:
 
 def _infinite(posterior: Posterior) -> Tensor:
     return torch.full((len(posterior),), math.inf, dtype=torch.float64, device=posterior.x.device)
-
-
-def _log_density(estimator: str, chain: Chain, n_noise: int, rng: torch.Generator) -> LogDensity:
-    function = getattr(entropy, _checked_estimator(estimator))
-    if estimator not in ("equation_17", "semi_implicit"):
-        return function
-    check_whole("n_noise", n_noise)
-    draw = chain.initial.new_empty(n_noise, chain.n_steps, *chain.initial.shape)
-    return partial(function, noises=randn_like(draw, rng))
 
 
 def _checked_estimator(estimator: str) -> str:
@@ -389,6 +459,9 @@ def _shared(posterior: Posterior, initial: float | Tensor, n_steps: int, share: 
     if share not in shapes:
         raise ValueError(f"share={share!r} is unknown; there are: {', '.join(shapes)}")
     start = torch.as_tensor(initial, dtype=torch.float64, device=posterior.x.device)
+    if share == "layer" and start.shape == (posterior.generator.latent_dim,):  # as an earlier descent returned it
+        firsts = torch.stack([s[0] for s in start.split(posterior.generator.latent_dims)])
+        start = firsts if torch.equal(_expanded(firsts, posterior, share), start) else start
     try:
         start = start.expand(shapes[share]).clone()
     except RuntimeError:

@@ -59,6 +59,14 @@ def test_short_run_kl_is_the_kl_of_the_two_gaussians(linear_posterior):
     assert (exact.short_run_kl(s, 5) > 0).all()
 
 
+def test_the_kl_of_an_absurd_step_size_is_huge_and_then_infinite(linear_posterior):
+    """Its limit is infinity: the trace grows as s^2K, the log-determinant as log s."""
+    exact = srlib.ClosedForm(linear_posterior(n=2))
+    kl = torch.stack([exact.short_run_kl(10.0**power, 3) for power in (3, 10, 30, 60, 200)])
+    assert (kl.diff(dim=0)[:2] > 0).all() and kl[:3].isfinite().all()
+    assert (kl[3:] == torch.inf).all()
+
+
 def test_long_runs_keep_the_bias_of_the_discretisation(linear_posterior):
     """K to infinity: KL goes to 1/2 sum (r - 1 - log r), r = 1 / (1 - s lambda / 2), not to zero."""
     exact = srlib.ClosedForm(linear_posterior(n=1))

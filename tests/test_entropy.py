@@ -1,6 +1,7 @@
 """log|det dF/de_0| and the estimators of log q_s(e_K), against closed forms, 50-digit arithmetic and each other."""
 
 import math
+import re
 
 import mpmath
 import pytest
@@ -202,6 +203,21 @@ def test_low_rank_spends_no_more_than_the_matrices_have(linear_posterior):
     chain = run(posterior, 3, 1e-3)
     found = srlib.low_rank_log_abs_det(posterior, chain, n_products=10_000)
     torch.testing.assert_close(found.value, srlib.log_abs_det_jacobian(posterior, chain), rtol=0, atol=1e-7)
+
+
+@pytest.mark.parametrize("latents", [1, 3, 12, 23])
+def test_low_rank_of_few_latents_is_exact(linear_posterior, latents):
+    posterior = linear_posterior(2, pixels=5, latents=latents)
+    chain = run(posterior, 2, 1e-3)
+    found, exact = (srlib.log_abs_det_jacobian(posterior, chain, m) for m in ("low_rank", "stepwise"))
+    assert torch.equal(found, exact)
+
+
+def test_low_rank_of_more_latents_is_the_estimate(linear_posterior):
+    posterior = linear_posterior(2, pixels=5, latents=24)
+    chain = run(posterior, 2, 1e-3)
+    found, exact = (srlib.log_abs_det_jacobian(posterior, chain, m) for m in ("low_rank", "stepwise"))
+    assert torch.equal(found, srlib.low_rank_log_abs_det(posterior, chain).value) and not torch.equal(found, exact)
 
 
 def test_a_nan_stays_a_nan_for_the_methods_to_see(linear_posterior):
@@ -408,3 +424,21 @@ def test_a_chunk_size_holds_at_least_one_state(linear_posterior, chunk_size):
     posterior = linear_posterior(1)
     with pytest.raises(ValueError, match=f"chunk_size={chunk_size}"):
         srlib.log_abs_det_jacobian(posterior, run(posterior, 2, 1e-2), chunk_size=chunk_size)
+
+
+@pytest.mark.parametrize("n", [1, 3])
+@pytest.mark.parametrize("method", ["stepwise", "row_by_row", "low_rank"])
+@pytest.mark.parametrize("latents", [3, 30])
+def test_a_chain_of_other_images_is_refused(linear_posterior, method, n, latents):
+    posterior, other = linear_posterior(2, latents=latents), linear_posterior(n, latents=latents)
+    with pytest.raises(ValueError, match=rf"e has shape \({n}, {latents}\), these 2 images need \[2, {latents}\]"):
+        srlib.log_abs_det_jacobian(posterior, run(other, 2, 1e-3), method)
+
+
+@pytest.mark.parametrize("shape", [(2, 3, 3), (5, 4, 2, 3), (5, 2, 2, 3), (5, 3, 1, 3), (5, 3, 2, 4)])
+@pytest.mark.parametrize("estimator", ["semi_implicit", "equation_17"])
+def test_further_noises_have_the_length_of_the_chain(linear_posterior, estimator, shape):
+    posterior = linear_posterior(2)
+    noises = torch.zeros(shape, dtype=torch.float64, device=posterior.x.device)
+    with pytest.raises(ValueError, match=rf"noises has shape {re.escape(str(shape))}, .* \[J, 3, 2, 3\]"):
+        getattr(entropy, estimator)(posterior, run(posterior, 3, 1e-3), noises)

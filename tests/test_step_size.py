@@ -202,6 +202,37 @@ def test_grid_search_among_schedules(linear_posterior):
     assert found.candidates.shape == (2, 4, 1, 1) and torch.equal(found.step_size.cpu(), schedules[1])
 
 
+def mixed_posterior():
+    """One image seen whole, with a curvature of 978, and one half hidden, with 78."""
+    weight = torch.tensor([[30.0], [77.0**0.5]], dtype=torch.float64)
+    g = srlib.LinearGenerator(weight, torch.zeros(2, dtype=torch.float64))
+    mask = torch.tensor([[1, 1], [0, 1]]).reshape(2, 2, 1, 1)
+    return srlib.Posterior(g, torch.ones(2, 2, 1, 1, dtype=torch.float64), 1.0, mask)
+
+
+@pytest.mark.parametrize("estimator", ["linear_noise", "equation_17", "semi_implicit"])
+def test_an_image_whose_chain_diverges_takes_no_candidate_from_the_others(estimator):
+    """Each tame image has the values it would have had beside a tame one, under the same random numbers."""
+    posterior, tame = mixed_posterior(), torch.tensor([1, 1])
+    candidates = [1e-4, 5e-4, 9e-4, 3e-3, 1e-2, 0.02]
+    options = dict(n_steps=8, estimator=estimator, share="example", n_chains=3)
+    found = srlib.grid_search_step_size(posterior, candidates, rng=seeded(), **options)
+    alone = srlib.grid_search_step_size(posterior[tame], candidates, rng=seeded(), **options)
+    torch.testing.assert_close(found.values[:, 1], alone.values[:, 1])
+    assert found.values[-1, 0] == math.inf and found.values[:3].isfinite().all()
+    assert found.step_size[1] == alone.step_size[1] > 1e-3 > found.step_size[0]
+
+
+def test_a_candidate_for_all_images_is_infinite_if_it_is_for_one():
+    posterior = mixed_posterior()
+    found = srlib.grid_search_step_size(posterior, [1e-3, 0.02], 8, rng=seeded())
+    assert found.objective.isinf().tolist() == [False, True] and found.step_size == 1e-3
+    assert found.values[1].isinf().tolist() == [True, False]
+    schedules = [torch.full((8, 2, 1), s, dtype=torch.float64) for s in (1e-3, 0.02)]  # one per step and image
+    given = srlib.grid_search_step_size(posterior, schedules, 8, rng=seeded())
+    torch.testing.assert_close(given.values, found.values)
+
+
 @pytest.mark.parametrize("estimator", ["linear_noise", "semi_implicit"])
 def test_candidates_that_diverge_or_have_no_inverse_count_as_infinite(linear_posterior, estimator):
     posterior = linear_posterior(2)
@@ -336,6 +367,16 @@ def test_a_step_size_for_each_layer_beats_the_best_constant():
     assert exact.short_run_kl(found.step_size, n_steps).item() < 0.8 * lowest
 
 
+@pytest.mark.parametrize("share", ["all", "step", "layer", "example"])
+def test_a_descent_starts_where_another_ended(share):
+    g = TwoLayers(torch.diag(torch.tensor([5.0, 5.0, 1.0], dtype=torch.float64)), torch.zeros(3, dtype=torch.float64))
+    posterior = srlib.Posterior(g, torch.ones(2, 3, 1, 1, dtype=torch.float64), 1.0)
+    first = srlib.descend_step_size(posterior, 1e-3, 4, share, n_iterations=3, rng=seeded())
+    second = srlib.descend_step_size(posterior, first.step_size, 4, share, n_iterations=1, rng=seeded())
+    torch.testing.assert_close(second.candidates[0], first.step_size)
+    torch.testing.assert_close(second.values[0], first.values[first.best])
+
+
 @pytest.mark.parametrize("estimator", ["change_of_variables", "path_gaussian", "semi_implicit", "linear_noise"])
 def test_the_best_iterate_is_the_answer(linear_posterior, estimator):
     posterior = linear_posterior(4)
@@ -363,10 +404,14 @@ def test_one_wild_chain_does_not_decide_the_direction(monkeypatch, linear_poster
     """A chain whose part of the gradient is huge counts CLIP times the median chain's."""
     posterior = linear_posterior(3)
     slopes = torch.tensor([1.0, -2.0, -1e9], dtype=torch.float64).to(posterior.x.device)
-    monkeypatch.setattr(step_size, "kl_objective", lambda p, s, *_, **__: s[:, 0] * slopes)
+    monkeypatch.setattr(step_size, "_objective", lambda p, s, *_, **__: s[:, 0] * slopes)
     one = torch.ones((), dtype=torch.float64, device=posterior.x.device)
-    _, gradient = step_size._value_and_gradient(posterior, one, 3, "path", seeded())
+    _, gradient = step_size._value_and_gradient(posterior, one, "path", ())
     assert gradient.item() == pytest.approx((1 - 2 - 2 * step_size.CLIP) / 3)
+
+
+def noise(*sizes):
+    return torch.zeros(*sizes, 3, dtype=torch.float64)
 
 
 # --- what must not change, and errors ---------------------------------------------------------------------------------
@@ -400,6 +445,17 @@ def test_the_callers_generator_and_torchs_random_state_are_left_alone(linear_pos
         (lambda p: srlib.kl_objective(p, -1e-3, 2), "step_size=-0.001 must be positive"),
         (lambda p: srlib.grid_search_step_size(p, []), "candidates is empty; a usual grid"),
         (lambda p: srlib.grid_search_step_size(p, [1e-3, -1.0]), "must be positive"),
+        (lambda p: srlib.grid_search_step_size(p, [1e-3, math.nan]), "candidates hold nan; .* leave it out"),
+        (lambda p: srlib.grid_search_step_size(p, 1e-3), r"candidates=0.001 must be a sequence .* \[1e-3"),
+        (lambda p: srlib.grid_search_step_size(p, torch.tensor(1e-3)), "candidates=tensor.* must be a sequence"),
+        (
+            lambda p: srlib.grid_search_step_size(p, [1e-3, torch.ones(25, 1, 1)]),
+            r"candidates have shapes \[\(\), \(25, 1, 1\)\]; take numbers only, or",
+        ),
+        (
+            lambda p: srlib.grid_search_step_size(mixed_posterior(), [0.01, 0.02], 8, share="example"),
+            r"from 0.01 to 0.02 gives a finite objective for images \[0\]; try smaller ones",
+        ),
         (lambda p: srlib.grid_search_step_size(p, [9.0, 10.0], 50), "from 9 to 10 gives .*; try smaller ones"),
         (lambda p: srlib.grid_search_step_size(p, [1e-3], share="step"), "share='step'"),
         (lambda p: srlib.grid_search_step_size(p, [torch.ones(25, 1, 1)], share="example"), "share='example'"),
@@ -409,12 +465,31 @@ def test_the_callers_generator_and_torchs_random_state_are_left_alone(linear_pos
         (lambda p: srlib.descend_step_size(p, math.nan), "initial=nan must be positive"),
         (lambda p: srlib.descend_step_size(p, 10.0, 50), "not finite at initial=10.0; start from a smaller"),
         (lambda p: srlib.descend_step_size(p, torch.ones(7), share="step"), r"initial has shape \(7,\)"),
+        (lambda p: srlib.descend_step_size(p, 1e-3, 2.5, "step"), "n_steps=2.5 must be a whole number"),
+        (lambda p: srlib.descend_step_size(p, 1e-3 * torch.arange(1, 4), share="layer"), r"initial has shape \(3,\)"),
+        (lambda p: srlib.kl_objective(p, 1e-3, 2, noise=noise(3, 2)), r"noise, eps, .* \(3, 2, 3\), .* \(2, 2, 3\)"),
+        (
+            lambda p: srlib.descend_step_size(p, 1e-3, 2, common=noise(2, 2)),
+            "common is a Tensor, it must be the pair e_0, eps",
+        ),
+        (lambda p: srlib.grid_search_step_size(p, [1e-3], 2, common=(noise(2),)), "must be the pair e_0, eps"),
+        (
+            lambda p: srlib.grid_search_step_size(p, [1e-3], 2, n_chains=2, common=(noise(2), noise(2, 2))),
+            r"initial, e_0, is torch.float64 \(2, 3\), these chains need torch.float64 \(4, 3\)",
+        ),
+        (
+            lambda p: srlib.descend_step_size(p, 1e-3, 2, common=(noise(2), noise(2, 2).float())),
+            r"noise, eps, is torch.float32 \(2, 2, 3\), these chains need torch.float64 \(2, 2, 3\)",
+        ),
         (lambda p: srlib.descend_step_size(p, 1e-3, n_iterations=0), "n_iterations=0"),
         (lambda p: srlib.descend_step_size(p, 1e-3, learning_rate=0.0), "learning_rate=0.0"),
         (lambda p: srlib.descend_step_size(p, 1e-3, n_chains=0), "n_chains=0 must be a whole number"),
         (lambda p: srlib.grid_search_step_size(p, [1e-3], n_chains=1.5), "n_chains=1.5 must be a whole number"),
         (lambda p: step_size.moment_matched(20, 3, 3), r"n_chains=20 must be even and at least 2 .* = 24"),
         (lambda p: step_size.moment_matched(25, 3, 3), "n_chains=25 must be even"),
+        (lambda p: step_size.moment_matched(24.0, 3, 3), "n_chains=24.0 must be a whole number"),
+        (lambda p: step_size.moment_matched(24, -1, 3), "n_steps=-1 must be a whole number"),
+        (lambda p: step_size.moment_matched(24, 3, 0), "latent_dim=0 must be a whole number"),
         (lambda p: srlib.StepSizeSearch("newton"), "method='newton' is unknown"),
         (lambda p: srlib.StepSizeSearch(estimator="x"), "estimator='x' is unknown"),
         (lambda p: srlib.StepSizeSearch(n_images=1), "n_images=1"),
