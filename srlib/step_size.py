@@ -64,9 +64,8 @@ def kl_objective(
 
     Raises ValueError for arguments that do not fit, `DivergenceError` for a chain that left all bounds.
     """
-    return _objective(
-        posterior, step_size, estimator, _drawn(posterior, n_steps, estimator, rng, initial, noise, n_noise)
-    )
+    numbers = _drawn(posterior, n_steps, estimator, rng, initial, noise, n_noise)
+    return _objective(posterior, step_size, estimator, numbers)
 
 
 @dataclass(frozen=True)
@@ -77,8 +76,8 @@ class StepSizeResult:
         same number for all latents of one layer) or [n, 1] ("example").
     candidates : what was tried, in order: the grid, or the iterates of the descent; [C, *step_size.shape].
     values : log q_s(e_K) - log p(x, e_K) for each candidate and image, its chains averaged: [C, n]; inf for an image
-        of which a chain diverged, a step had no inverse, or an entropy was not finite. In a descent it is inf for all images
-        if any of this, or a gradient that is not finite, happens to one of them.
+        of which a chain diverged, a step had no inverse, or an entropy was not finite. While a descent goes on, inf for all
+        images if any of this, or a gradient that is not finite, happens to one of them.
     """
 
     step_size: Tensor
@@ -383,9 +382,7 @@ def _drawn(
     if initial is None:
         initial = posterior.generator.sample_prior(len(posterior), rng)
     if noise is None:
-        noise = torch.stack(
-            [randn_like(initial, rng) for _ in range(n_steps)]
-        )  # step by step, as `short_run` draws them
+        noise = torch.stack([randn_like(initial, rng) for _ in range(n_steps)])  # as `short_run` draws it
     if estimator not in ("equation_17", "semi_implicit"):
         return initial, noise
     check_whole("n_noise", n_noise)
@@ -413,12 +410,8 @@ def _values(posterior: Posterior, s: Tensor, estimator: str, numbers: tuple[Tens
         if n_images == 1:
             return _infinite(posterior)[:1]
         halves = torch.arange(len(posterior), device=posterior.x.device).tensor_split([n_images // 2 * n_chains])
-        return torch.cat(
-            [
-                _values(posterior[half], _rows(s, half), estimator, tuple(_rows(t, half) for t in numbers), n_chains)
-                for half in halves
-            ]
-        )
+        parts = [(posterior[rows], _rows(s, rows), tuple(_rows(t, rows) for t in numbers)) for rows in halves]
+        return torch.cat([_values(part, own, estimator, drawn, n_chains) for part, own, drawn in parts])
     return _of_images(torch.where(values.isfinite(), values, math.inf), n_chains)
 
 

@@ -410,11 +410,12 @@ def test_one_wild_chain_does_not_decide_the_direction(monkeypatch, linear_poster
     assert gradient.item() == pytest.approx((1 - 2 - 2 * step_size.CLIP) / 3)
 
 
-def noise(*sizes):
-    return torch.zeros(*sizes, 3, dtype=torch.float64)
-
-
 # --- what must not change, and errors ---------------------------------------------------------------------------------
+
+
+def noise(*sizes):
+    """Numbers for 3 latents, of some shape that does not fit."""
+    return torch.zeros(*sizes, 3, dtype=torch.float64)
 
 
 @pytest.mark.parametrize("diverge", [False, True])
