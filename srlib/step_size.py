@@ -75,9 +75,9 @@ class StepSizeResult:
     step_size : the s with the lowest objective, ready for `short_run`: [] (share="all"), [K, 1, 1] ("step"), [d] ("layer": the
         same number for all latents of one layer) or [n, 1] ("example").
     candidates : what was tried, in order: the grid, or the iterates of the descent; [C, *step_size.shape].
-    values : log q_s(e_K) - log p(x, e_K) for each candidate and image, its chains averaged: [C, n]; inf for an image
-        of which a chain diverged, a step had no inverse, or an entropy was not finite. While a descent goes on, inf for all
-        images if any of this, or a gradient that is not finite, happens to one of them.
+    values : log q_s(e_K) - log p(x, e_K) for each candidate and image, its chains averaged: [C, n]; inf where an entropy (in
+        a descent, also its gradient) was not finite, and where a chain diverged or a step had no inverse: for that image
+        alone in a grid for each "example", for all images otherwise.
     """
 
     step_size: Tensor
@@ -148,7 +148,7 @@ def grid_search_step_size(
             f"share={share!r}: a grid of numbers is shared by 'all' or chosen by 'example', schedules by 'all'"
         )
     chains, numbers = _common(posterior, n_chains, n_steps, estimator, rng, common)
-    values = torch.stack([_values(chains, s, estimator, numbers, n_chains) for s in tried])
+    values = torch.stack([_values(chains, s, estimator, numbers, n_chains, share) for s in tried])
     judged = values if share == "example" else values.mean(1, keepdim=True)
     hopeless = (~judged.isfinite().any(0)).nonzero().flatten().tolist()
     if hopeless:
@@ -219,7 +219,7 @@ def descend_step_size(
         optimiser.step()
     last = _expanded(log_s.clamp(*LOG_STEP_SIZES).exp(), posterior, share).detach()  # where the last step led to
     candidates.append(last)
-    values.append(_values(chains, of_chains(last), estimator, numbers, n_chains))
+    values.append(_values(chains, of_chains(last), estimator, numbers, n_chains, "all"))
     means = torch.stack(values).mean(1)
     return StepSizeResult(candidates[int(means.argmin())], torch.stack(candidates), torch.stack(values))
 
@@ -398,26 +398,24 @@ def _objective(posterior: Posterior, s: float | Tensor, estimator: str, numbers:
         return getattr(entropy, estimator)(posterior, chain, *further) - posterior.log_joint(chain.final).double()
 
 
-def _values(posterior: Posterior, s: Tensor, estimator: str, numbers: tuple[Tensor, ...], n_chains: int) -> Tensor:
-    """The mean of `_objective` over the `n_chains` chains of each image: [n]; inf for an image without a finite value.
+def _values(
+    posterior: Posterior, s: Tensor, estimator: str, numbers: tuple[Tensor, ...], n_chains: int, share: Share
+) -> Tensor:
+    """The mean of `_objective` over the `n_chains` chains of each image: [n]; inf where there is no finite value.
 
-    A chain that diverges stops all that run with it, so the images are halved until it is alone with its image.
+    A chain that diverges stops all that run with it. Where each "example" has its own s, the images are halved until that
+    chain is alone with its image.
     """
     try:
         values = _objective(posterior, s, estimator, numbers)
     except TOO_LARGE:
         n_images = len(posterior) // n_chains
-        if n_images == 1:
-            return _infinite(posterior)[:1]
+        if share != "example" or n_images == 1:
+            return _infinite(posterior)[::n_chains]
         halves = torch.arange(len(posterior), device=posterior.x.device).tensor_split([n_images // 2 * n_chains])
-        parts = [(posterior[rows], _rows(s, rows), tuple(_rows(t, rows) for t in numbers)) for rows in halves]
-        return torch.cat([_values(part, own, estimator, drawn, n_chains) for part, own, drawn in parts])
+        parts = [(posterior[rows], tuple(t[..., rows, :] for t in numbers)) for rows in halves]
+        return torch.cat([_values(part, s, estimator, drawn, n_chains, share) for part, drawn in parts])
     return _of_images(torch.where(values.isfinite(), values, math.inf), n_chains)
-
-
-def _rows(tensor: Tensor, rows: Tensor) -> Tensor:
-    """What `tensor` [..., n, d] has for the chains `rows`; itself where it has the same for all chains."""
-    return tensor[..., rows, :] if tensor.ndim > 1 and tensor.shape[-2] > 1 else tensor
 
 
 def _of_images(values: Tensor, n_chains: int) -> Tensor:
