@@ -1,0 +1,234 @@
+"""All systems side by side: the rows of Tables 1 and 2, read from the runs that a profile has left behind.
+
+A run says what it is by its configuration: the system, the dataset, the number of layers. Two things its name says: it ends
+in "-time" where the run was trained for as long as the short run system instead of for as many updates, and it begins with
+"abp-persistent" where ABP had the short run system's settings instead of its own. Runs that were scored on validation images
+took part in a choice and belong to no table.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from . import checkpoints
+from .experiment import verified_metrics
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+    from torch import Tensor
+
+# Names for readers, in the order of the tables.
+SYSTEMS = {
+    "short_run": "short run",
+    "ladder_vae": "ladder VAE",
+    "vae": "VAE",
+    "iaf": "VAE + IAF",
+    "abp": "ABP",
+    "abp_persistent": "ABP, settings of the short run",
+    "glo": "GLO",
+    "glow": "Glow",
+}
+DATASETS = {
+    "digits": "digits",
+    "colour_digits": "colour digits",
+    "mnist": "MNIST",
+    "colour_mnist": "colour MNIST",
+    "svhn": "SVHN",
+    "celeba32": "CelebA 32",
+    "celeba64": "CelebA 64",
+}
+# Datasets whose images, and reconstructions beside them, may be passed on; the first that was run is shown in pictures.
+PICTURED = ("digits", "mnist", "colour_digits")
+# Differences of fewer standard errors decide nothing.
+DECISIVE = 2.0
+
+
+class Row(NamedTuple):
+    """A row of a table; str(row) is its name."""
+
+    system: str  # of SYSTEMS
+    n_layers: int
+    equal_time: bool = False
+
+    def __str__(self) -> str:
+        return f"{SYSTEMS[self.system]}, L = {self.n_layers}"
+
+
+@dataclass(frozen=True)
+class Run:
+    """A finished run and what it wrote into metrics.json."""
+
+    directory: Path
+    metrics: dict[str, Any]
+
+    @property
+    def config(self) -> dict[str, Any]:
+        return self.metrics["config"]
+
+    @property
+    def dataset(self) -> str:
+        return self.config["dataset"]
+
+    @property
+    def row(self) -> Row:
+        name, system = self.config["name"], self.config["system"]
+        n_layers = len(self.config["latent_dims"])
+        if system == "glow":  # its levels; latent_dims means nothing to it
+            n_layers = self.options["n_levels"]
+        elif name.startswith("abp-persistent"):
+            system = "abp_persistent"
+        return Row(system, n_layers, name.endswith("-time"))
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """The system's own options, with the defaults of those that the configuration leaves out."""
+        defaults: dict[str, Any] = {}
+        if self.config["system"] == "glow":
+            from .baselines.glow import DEFAULTS as defaults
+        elif self.config["system"] == "glo":
+            from .baselines.glo import GLO
+
+            defaults = {name: p.default for name, p in inspect.signature(GLO).parameters.items()}
+        elif self.config["system"] == "abp":
+            defaults = {"test_steps": self.config["n_steps"]}
+        return {**defaults, **self.config["options"]}
+
+    @property
+    def gradients_per_image(self) -> int:
+        """Gradients with respect to the latents that the inference of one image takes; 0 where it is a pass of a network."""
+        system = self.config["system"]
+        if system == "short_run":
+            return self.config["n_steps"]
+        if system == "abp":
+            return self.options["test_steps"]
+        if system == "glo":
+            return self.options["n_starts"] * self.options["inference_steps"]
+        return 0
+
+
+class Score(NamedTuple):
+    """A mean over seeds. standard_error: over seeds where there are several, else over images; None where unknown."""
+
+    value: float
+    standard_error: float | None
+    n_seeds: int
+
+
+class Gap(NamedTuple):
+    """The difference of two scores and its standard error, as if the two were independent."""
+
+    value: float
+    standard_error: float
+
+    @property
+    def lower(self) -> str:
+        """Whether the first score is lower: "yes", "no", or "undecided" within `DECISIVE` standard errors."""
+        if abs(self.value) <= DECISIVE * self.standard_error:
+            return "undecided"
+        return "yes" if self.value < 0 else "no"
+
+    def __str__(self) -> str:
+        digits = 4 if abs(self.value) < 1 and self.standard_error < 0.1 else 2
+        return f"{self.value:+.{digits}f} ± {self.standard_error:.{digits}f}"
+
+
+Reader = Callable[[dict[str, Any]], "tuple[float, float | None] | None"]
+
+
+def finished_runs(results: Path, seeds: Iterable[int]) -> list[Run]:
+    """The runs in a profile's folder that were scored on test images, in the order of the tables, checksums verified."""
+    known = set(seeds)
+    runs = [Run(path.parent, verified_metrics(path.parent)) for path in results.glob("*/metrics.json")]
+    runs = [run for run in runs if run.config["seed"] in known and run.config["evaluation_split"] == "test"]
+    systems, datasets = list(SYSTEMS), list(DATASETS)
+    return sorted(
+        runs,
+        key=lambda run: (
+            datasets.index(run.dataset),
+            run.row.equal_time,
+            systems.index(run.row.system),
+            run.row.n_layers,
+            run.config["seed"],
+        ),
+    )
+
+
+def score(runs: Iterable[Run], dataset: str, row: Row, read: Reader) -> Score | None:
+    """What `read` finds in the metrics of this row's runs; None where there is none, "not run in this profile"."""
+    found = [read(run.metrics) for run in runs if run.dataset == dataset and run.row == row]
+    pairs = [pair for pair in found if pair is not None]
+    if not pairs:
+        return None
+    values, n = [value for value, _ in pairs], len(pairs)
+    mean = sum(values) / n
+    if n == 1:
+        return Score(mean, pairs[0][1], 1)
+    return Score(mean, (sum((value - mean) ** 2 for value in values) / (n - 1) / n) ** 0.5, n)
+
+
+def gap(score: Score, other: Score) -> Gap:
+    """score - other. For scores on the same images, whose errors go together, the standard error is on the safe side."""
+    errors = (score.standard_error or 0.0, other.standard_error or 0.0)
+    return Gap(score.value - other.value, sum(error**2 for error in errors) ** 0.5)
+
+
+def cell(runs: Iterable[Run], dataset: str, row: Row, read: Reader, digits: int = 4) -> str:
+    """A score as a table shows it, or why there is none."""
+    found = score(runs, dataset, row, read)
+    if found is None:
+        there = any(run.dataset == dataset and run.row == row for run in runs)
+        return "no score" if there else "not run"
+    error = "" if found.standard_error is None else f" ± {found.standard_error:.{digits}f}"
+    return f"{found.value:.{digits}f}{error}"
+
+
+def squared_error(metrics: dict[str, Any]) -> tuple[float, float | None] | None:
+    """A `Reader` of the mean squared error per pixel of reconstructions."""
+    return metrics["scores"]["mse"], metrics["scores"]["mse_standard_error"]
+
+
+def distance(kind: str, source: str) -> Reader:
+    """A `Reader` of "fd" (FID, where it was computed) or "kid", of samples from the "prior" or the "aggregate" posterior."""
+
+    def read(metrics: dict[str, Any]) -> tuple[float, float | None] | None:
+        found = metrics["scores"].get(f"samples_{source}", {})
+        name = distance_name(found, kind)
+        return None if name is None else (found[name], found[f"{name}_standard_error"])
+
+    return read
+
+
+def distance_name(samples: dict[str, Any], kind: str) -> str | None:
+    """Which distance was computed: fid, fd_<network>, kid_<network>, or None where none of this kind was."""
+    names = ("fid", "fd_") if kind == "fd" else ("kid_",)
+    ends = ("_standard_error", "_extrapolated")
+    return next((name for name in samples if name.startswith(names) and not name.endswith(ends)), None)
+
+
+def paper_tables(path: Path) -> dict[tuple[int | str, str, int, str, str], float]:
+    """(table, system, layers, dataset, "mse" or "fid") -> the number that the paper prints."""
+    return {
+        (row["table"], row["system"], row["layers"], dataset, name): value
+        for row in checkpoints.read_yaml(path)
+        if "steps" not in row
+        for dataset in DATASETS
+        for name, value in row.get(dataset, {}).items()
+    }
+
+
+def pictures(rows: Mapping[str, Tensor]) -> Figure:
+    """`plots.image_rows`, or a figure that says so where the profile has none of these runs."""
+    import matplotlib.pyplot as plt
+
+    from . import plots
+
+    if rows:
+        return plots.image_rows(rows)
+    figure, axis = plt.subplots(figsize=(8, 0.8))
+    axis.text(0.5, 0.5, "not run in this profile", ha="center", va="center")
+    axis.set_axis_off()
+    return figure
