@@ -6,8 +6,9 @@
     pipeline.py book PROFILE                                               the book, from the results as they are
 
 A job is a training run (papermill_runs/train.md with a configuration) or a chapter (book/NAME.md). Its key is a hash of all
-it depends on: notebook, parameters, the srlib modules that its code reaches, and the results of the runs that it reads. A
-result whose key is unchanged is kept, so an interrupted call goes on and a change repeats just what depends on it.
+it depends on: notebook, parameters, the srlib modules that its code reaches, the tables beside it that its code names, and
+the results of the runs that it reads. A result whose key is unchanged is kept, so an interrupted call goes on and a change
+repeats just what depends on it.
 """
 
 from __future__ import annotations
@@ -192,11 +193,15 @@ def key(job: Job, profile: Profile) -> str:
     modules = {*provenance.notebook_modules(cells), *(name for s in systems for name in experiment.modules(s))}
     results = [checkpoints.read_json(run.output.with_name("metrics.json"))["checksum"] for run in read]
     results += [f"{run} diverged" for run in job.needs if diverged(profile.jobs[run])]
+    named = [
+        path for path in sorted(job.notebook.parent.glob("*.yaml")) if any(f'"{path.name}"' in cell for cell in cells)
+    ]
     parts = [
         job.notebook.read_text(),
         json.dumps(job.parameters, sort_keys=True),
         provenance.source_hash(modules),
         *results,
+        *(path.read_text() for path in named),
     ]
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()
 

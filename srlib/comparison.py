@@ -1,14 +1,15 @@
 """All systems side by side: the rows of Tables 1 and 2, read from the runs that a profile has left behind.
 
-A run says what it is by its configuration: the system, the dataset, the number of layers. Two things its name says: it ends
-in "-time" where the run was trained for as long as the short run system instead of for as many updates, and it begins with
-"abp-persistent" where ABP had the short run system's settings instead of its own. Runs that were scored on validation images
-took part in a choice and belong to no table.
+The runs of these tables are named SYSTEM-DATASET, with -L and the number of layers where a system has several. What a run is,
+its configuration says. Its name says two things more: "-time" at the end stands for training as long as the short run system
+instead of for as many updates, and "abp-persistent" for ABP with the short run system's settings instead of its own. All
+other runs of a profile, such as those of the step size, belong to no table here.
 """
 
 from __future__ import annotations
 
 import inspect
+import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -140,13 +141,11 @@ Reader = Callable[[dict[str, Any]], "tuple[float, float | None] | None"]
 
 
 def finished_runs(results: Path, seeds: Iterable[int]) -> list[Run]:
-    """The runs in a profile's folder that were scored on test images, in the order of the tables, checksums verified."""
-    known = set(seeds)
+    """The runs in a profile's folder that belong to the tables, in their order, checksums verified."""
+    known, systems, datasets = set(seeds), list(SYSTEMS), list(DATASETS)
     runs = [Run(path.parent, verified_metrics(path.parent)) for path in results.glob("*/metrics.json")]
-    runs = [run for run in runs if run.config["seed"] in known and run.config["evaluation_split"] == "test"]
-    systems, datasets = list(SYSTEMS), list(DATASETS)
     return sorted(
-        runs,
+        (run for run in runs if run.config["seed"] in known and _of_the_tables(run.config)),
         key=lambda run: (
             datasets.index(run.dataset),
             run.row.equal_time,
@@ -192,10 +191,13 @@ def squared_error(metrics: dict[str, Any]) -> tuple[float, float | None] | None:
 
 
 def distance(kind: str, source: str) -> Reader:
-    """A `Reader` of "fd" (FID, where it was computed) or "kid", of samples from the "prior" or the "aggregate" posterior."""
+    """A `Reader` of the distance from the data of samples from the "prior" or the "aggregate" posterior.
+
+    kind : "fd" or "kid" on the features of our own network, or "fid".
+    """
 
     def read(metrics: dict[str, Any]) -> tuple[float, float | None] | None:
-        found = metrics["scores"].get(f"samples_{source}", {})
+        found = metrics["scores"].get(f"samples_{source}_inception" if kind == "fid" else f"samples_{source}", {})
         name = distance_name(found, kind)
         return None if name is None else (found[name], found[f"{name}_standard_error"])
 
@@ -203,10 +205,9 @@ def distance(kind: str, source: str) -> Reader:
 
 
 def distance_name(samples: dict[str, Any], kind: str) -> str | None:
-    """Which distance was computed: fid, fd_<network>, kid_<network>, or None where none of this kind was."""
-    names = ("fid", "fd_") if kind == "fd" else ("kid_",)
-    ends = ("_standard_error", "_extrapolated")
-    return next((name for name in samples if name.startswith(names) and not name.endswith(ends)), None)
+    """fid, fd_<network> or kid_<network>, as `evaluate_samples` has named it; None where there is none of this kind."""
+    ends = ("_standard_error", "_extrapolated", "_refused")
+    return next((name for name in samples if name.split("_")[0] == kind and not name.endswith(ends)), None)
 
 
 def paper_tables(path: Path) -> dict[tuple[int | str, str, int, str, str], float]:
@@ -232,3 +233,8 @@ def pictures(rows: Mapping[str, Tensor]) -> Figure:
     axis.text(0.5, 0.5, "not run in this profile", ha="center", va="center")
     axis.set_axis_off()
     return figure
+
+
+def _of_the_tables(config: dict[str, Any]) -> bool:
+    system = "abp(-persistent)?" if config["system"] == "abp" else config["system"]
+    return re.fullmatch(rf"{system}-{config['dataset']}(-L\d+)?(-time)?", config["name"]) is not None

@@ -126,6 +126,20 @@ def test_a_change_repeats_just_what_depends_on_it(project, without_kernels):
     assert execute_all(root) == ["tiny-seed0"]
 
 
+def test_a_chapter_is_repeated_when_a_table_that_it_reads_changes(project, without_kernels):
+    root, _ = project
+    table, other = root / "book" / "table.yaml", root / "book" / "other.yaml"
+    path = root / "book" / "alone.md"
+    reading = 'from pathlib import Path\nprint(Path("table.yaml").read_text())'
+    path.write_text(path.read_text().replace("print(profile)", reading))
+    table.write_text("- 1")
+    assert execute_all(root) == ["tiny-seed0", "alone", "reader"]
+    other.write_text("- 1")
+    assert execute_all(root) == []
+    table.write_text("- 2")
+    assert execute_all(root) == ["alone"]
+
+
 def test_results_show_their_parameters_and_no_trace_of_the_machine(project):
     root, _ = project
     execute_all(root)
