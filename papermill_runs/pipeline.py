@@ -193,7 +193,7 @@ def key(job: Job, profile: Profile) -> str:
     modules = {*provenance.notebook_modules(cells), *(name for s in systems for name in experiment.modules(s))}
     results = [checkpoints.read_json(run.output.with_name("metrics.json"))["checksum"] for run in read]
     results += [f"{run} diverged" for run in job.needs if diverged(profile.jobs[run])]
-    named = [
+    tables = [
         path for path in sorted(job.notebook.parent.glob("*.yaml")) if any(f'"{path.name}"' in cell for cell in cells)
     ]
     parts = [
@@ -201,7 +201,7 @@ def key(job: Job, profile: Profile) -> str:
         json.dumps(job.parameters, sort_keys=True),
         provenance.source_hash(modules),
         *results,
-        *(path.read_text() for path in named),
+        *(path.read_text() for path in tables),
     ]
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()
 
