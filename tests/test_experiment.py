@@ -54,6 +54,7 @@ def test_samples_of_both_sources_are_compared_with_training_images(finished):
         assert set(metrics["scores"][f"samples_{source}_inception"]) >= {"not_run"} or "fid" in scores
     assert metrics["scores"]["samples_prior"]["fd_digits"] != metrics["scores"]["samples_aggregate"]["fd_digits"]
     assert 0 < metrics["seconds"]["inference_per_image"] < 1
+    assert metrics["peak_memory"] is None or 1e8 < metrics["peak_memory"] < 1e11
 
 
 @pytest.mark.parametrize("system, score", [("vae", "elbo"), ("glow", "bits_per_dimension")])
