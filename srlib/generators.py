@@ -16,6 +16,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+# 1 / sqrt(E gelu(u)^2) for u ~ N(0, 1): weights that are this much larger give signals back what GELU takes.
+GELU_GAIN = 1.5335
+
 
 def randn_like(tensor: Tensor, rng: torch.Generator | None = None) -> Tensor:
     """Standard normal noise with the shape, dtype and device of `tensor`.
@@ -97,8 +100,9 @@ class TopDownGenerator(Generator):
     follow Table 4: sigma_l = softplus(.) is a standard deviation (there it is used as a log-variance, so that the
     standard deviation is never below 1), and there is no further deterministic block before o_0.
 
-    Weights start Xavier-normal with zero biases: with torch's default initialisation a five-layer generator hardly
-    depends on e, so that nothing can be inferred and learning stalls.
+    Weights start as `keep_signal` says. With torch's default initialisation, or plain Xavier, e fades by about half in every layer
+    with GELU, since gelu(u) is about u / 2 for small u: images hardly depend on e, nothing can be inferred, and learning
+    ends in a constant image.
     """
 
     def __init__(
@@ -112,7 +116,7 @@ class TopDownGenerator(Generator):
         self.mean = nn.ModuleList(statistic_head(channels, d, feature_size) for d in self.latent_dims[1:])
         self.raw_std = nn.ModuleList(statistic_head(channels, d, feature_size) for d in self.latent_dims[1:])
         self.output = output_block(self.image_shape, channels, feature_size)
-        self.apply(xavier_normal)
+        self.apply(keep_signal)
 
     def forward(self, e: Tensor) -> Tensor:
         """e [n, d] -> the mean image g(e) [n, C, H, W] in [-1, 1]."""
@@ -153,7 +157,7 @@ class LadderGenerator(Generator):
         self.merge = nn.ModuleList(nn.Conv2d(2 * channels, channels, 1) for _ in self.latent_dims[1:])
         self.deterministic = nn.ModuleList(DeterministicBlock(channels) for _ in self.latent_dims)
         self.output = output_block(self.image_shape, channels, feature_size)
-        self.apply(xavier_normal)
+        self.apply(keep_signal)
 
     def forward(self, e: Tensor) -> Tensor:
         """e [n, d] -> the mean image g(e) [n, C, H, W] in [-1, 1]."""
@@ -242,10 +246,14 @@ def output_block(image_shape: tuple[int, ...], channels: int, feature_size: int)
     return nn.Sequential(*[part for conv in up[:-1] for part in (conv, nn.GELU())], up[-1])
 
 
-def xavier_normal(module: nn.Module) -> None:
-    """First values of a layer with weights, for `nn.Module.apply`: Xavier-normal, with zero biases."""
+def keep_signal(module: nn.Module) -> None:
+    """First values of a layer with weights, for `nn.Module.apply`: Xavier-normal times GELU_GAIN, and zero biases.
+
+    A transposed convolution of stride r gets r times more: each of its outputs sees one in r^2 of the kernel's entries.
+    """
     if isinstance(module, (nn.Linear, nn.Conv2d, nn.ConvTranspose2d)):
-        nn.init.xavier_normal_(module.weight)
+        stride = module.stride[0] if isinstance(module, nn.ConvTranspose2d) else 1
+        nn.init.xavier_normal_(module.weight, GELU_GAIN * stride)
         nn.init.zeros_(module.bias)
 
 

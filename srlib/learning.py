@@ -83,7 +83,7 @@ class ShortRun(NoisySystem):
         Returns the history, one number for each update: loss (the negative of Eq. 22's objective, per image), step_size,
         sigma, mse (per pixel, on [-1, 1]) and spread (how much the reconstructions vary over a batch, 1 = as the images); and
         one number for each update of s: chosen_step_size, chosen_at (updates made before), objective (Eq. 20 without
-        log p(x), at the s chosen) with objective_standard_error, and search_seconds.
+        log p(x), the lowest of those tried) with objective_standard_error, and search_seconds.
         Warns if the generator has collapsed to a constant image.
         """
         return self._learn(images, plan, given_or_fresh(rng), directory, progress)

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from . import entropy
-from .generators import check_positive, check_whole, randn_like
+from .generators import check_positive, check_whole, given_or_fresh, randn_like
 from .langevin import DivergenceError, short_run
 from .posterior import Posterior, frozen
 
@@ -72,7 +72,7 @@ def kl_objective(
 class StepSizeResult:
     """A step size and the evidence for it.
 
-    step_size : the s with the lowest objective, ready for `short_run`: [] (share="all"), [K, 1, 1] ("step"), [d] ("layer": the
+    step_size : the s with the lowest objective (a `StepSizeSearch` by descent: where its step leads), ready for `short_run`: [] (share="all"), [K, 1, 1] ("step"), [d] ("layer": the
         same number for all latents of one layer) or [n, 1] ("example").
     candidates : what was tried, in order: the grid, or the iterates of the descent; [C, *step_size.shape].
     values : log q_s(e_K) - log p(x, e_K) for each candidate and image, its chains averaged: [C, n]; inf where an entropy (in
@@ -378,7 +378,7 @@ def _drawn(
     for name, given, needed in (("initial, e_0,", initial, shape), ("noise, eps,", noise, (n_steps, *shape))):
         if given is not None and (given.shape != needed or given.dtype != dtype):
             raise ValueError(f"{name} is {given.dtype} {tuple(given.shape)}, these chains need {dtype} {needed}")
-    rng = rng or torch.Generator().manual_seed(int(torch.randint(2**62, ())))
+    rng = given_or_fresh(rng)
     if initial is None:
         initial = posterior.generator.sample_prior(len(posterior), rng)
     if noise is None:

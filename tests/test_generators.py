@@ -52,6 +52,19 @@ def test_the_rows_of_table_4_are_added_as_printed():
     torch.testing.assert_close(g(e), torch.tanh(g.output(h1)))
 
 
+def test_images_depend_on_the_noises_before_any_training():
+    """The gain of GELU by quadrature; e neither fades nor saturates the tanh, whatever the number of layers."""
+    u = torch.linspace(-12, 12, 100001, dtype=torch.float64)
+    density = torch.exp(-u.square() / 2) / (2 * torch.pi) ** 0.5
+    mean_square = torch.trapezoid(torch.nn.functional.gelu(u).square() * density, u)
+    assert mean_square.rsqrt().item() == pytest.approx(srlib.generators.GELU_GAIN, abs=1e-4)
+    torch.manual_seed(0)
+    for kind in (srlib.TopDownGenerator, srlib.LadderGenerator):
+        for latent_dims in ((32,), (8, 16, 32), (8, 8, 16, 16, 32)):
+            x = kind(latent_dims, (1, 28, 28), channels=16, feature_size=7)(torch.randn(100, sum(latent_dims)))
+            assert 0.1 < x.std(0).mean() < 0.8
+
+
 def test_the_ladder_generator_joins_its_layers_as_written():
     """h_L = d_L(p_L(z_L)), h_l = d_l(r_l([h_{l+1}, p_l(z_l)])), x = tanh(o_0(h_1)), computed by hand."""
     g = srlib.LadderGenerator((3, 4), (1, 16, 16), channels=8, feature_size=8)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..generators import DeterministicBlock, TopDownGenerator, statistic_head, xavier_normal
+from ..generators import DeterministicBlock, TopDownGenerator, keep_signal, statistic_head
 
 
 class BottomUpEncoder(nn.Module):
@@ -36,7 +36,7 @@ class BottomUpEncoder(nn.Module):
         self.heads = nn.ModuleList(
             nn.ModuleList(statistic_head(channels, d, feature_size) for _ in range(nstatistic_heads)) for d in upwards
         )
-        self.apply(xavier_normal)
+        self.apply(keep_signal)
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
         features, layers = self.input(x), []
