@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..generators import Generator, check_whole, keep_signal
+from ..generators import Generator, check_whole
 from .vae import VAE, Draw, assembler, gaussian, log_normal
 
 if TYPE_CHECKING:
@@ -120,7 +120,6 @@ class MADE(nn.Module):
         self.second = _MaskedLinear(degrees[:, None] >= degrees)
         self.shift = _MaskedLinear(places[:, None] > degrees)
         self.logit = _MaskedLinear(places[:, None] > degrees)
-        self.apply(keep_signal)
         for output in (self.shift, self.logit):
             nn.init.zeros_(output.weight)
         nn.init.constant_(self.logit.bias, FIRST_LOGIT)
