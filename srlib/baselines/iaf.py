@@ -120,6 +120,9 @@ class MADE(nn.Module):
         self.second = _MaskedLinear(degrees[:, None] >= degrees)
         self.shift = _MaskedLinear(places[:, None] > degrees)
         self.logit = _MaskedLinear(places[:, None] > degrees)
+        for linear in (self.context, self.first, self.second, self.shift, self.logit):
+            nn.init.xavier_normal_(linear.weight)
+            nn.init.zeros_(linear.bias)
         for output in (self.shift, self.logit):
             nn.init.zeros_(output.weight)
         nn.init.constant_(self.logit.bias, FIRST_LOGIT)
