@@ -29,7 +29,7 @@ SYSTEMS = {
     "vae": "VAE",
     "iaf": "VAE + IAF",
     "abp": "ABP",
-    "abp_persistent": "ABP, settings of the short run",
+    "abp_persistent": "ABP, our settings",  # those of the short run
     "glo": "GLO",
     "glow": "Glow",
 }
@@ -46,17 +46,22 @@ DATASETS = {
 PICTURED = ("digits", "mnist", "colour_digits")
 # Differences of fewer standard errors decide nothing.
 DECISIVE = 2.0
+PLUS_MINUS = "\N{NO-BREAK SPACE}±\N{NO-BREAK SPACE}"  # a number and its error stay on one line
 
 
 class Row(NamedTuple):
-    """A row of a table; str(row) is its name."""
+    """A row of a table; row.name is the system's, str(row) has the number of layers too."""
 
     system: str  # of SYSTEMS
     n_layers: int
     equal_time: bool = False
 
+    @property
+    def name(self) -> str:
+        return SYSTEMS[self.system]
+
     def __str__(self) -> str:
-        return f"{SYSTEMS[self.system]}, L = {self.n_layers}"
+        return f"{self.name}, L = {self.n_layers}"
 
 
 @dataclass(frozen=True)
@@ -134,7 +139,8 @@ class Gap(NamedTuple):
 
     def __str__(self) -> str:
         digits = 4 if abs(self.value) < 1 and self.standard_error < 0.1 else 2
-        return f"{self.value:+.{digits}f} ± {self.standard_error:.{digits}f}"
+        value = round(self.value, digits) + 0.0  # no -0.00
+        return f"{value:+.{digits}f}{PLUS_MINUS}{self.standard_error:.{digits}f}"
 
 
 Reader = Callable[[dict[str, Any]], "tuple[float, float | None] | None"]
@@ -181,7 +187,7 @@ def cell(runs: Iterable[Run], dataset: str, row: Row, read: Reader, digits: int 
     if found is None:
         there = any(run.dataset == dataset and run.row == row for run in runs)
         return "no score" if there else "not run"
-    error = "" if found.standard_error is None else f" ± {found.standard_error:.{digits}f}"
+    error = "" if found.standard_error is None else f"{PLUS_MINUS}{found.standard_error:.{digits}f}"
     return f"{found.value:.{digits}f}{error}"
 
 
@@ -219,6 +225,19 @@ def paper_tables(path: Path) -> dict[tuple[int | str, str, int, str, str], float
         for dataset in DATASETS
         for name, value in row.get(dataset, {}).items()
     }
+
+
+def table(rows: Iterable[Iterable[object]], columns: Iterable[str]) -> str:
+    """A Markdown table of texts and whole numbers, as they are."""
+    import pandas as pd
+
+    return pd.DataFrame(rows, columns=list(columns)).to_markdown(index=False, disable_numparse=True)
+
+
+def listed(names: Iterable[str]) -> str:
+    """a, b and c."""
+    *first, last = names
+    return f"{', '.join(first)} and {last}" if first else last
 
 
 def pictures(rows: Mapping[str, Tensor]) -> Figure:

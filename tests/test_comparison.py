@@ -96,7 +96,7 @@ def test_scores_of_one_seed_and_of_several(tmp_path):
     runs = comparison.finished_runs(tmp_path, [0, 1])
     assert comparison.score(runs, "digits", row, read) == Score(0.03, 0.001, 1)
     assert comparison.score(runs, "mnist", row, read) is None
-    assert comparison.cell(runs, "digits", row, read) == "0.0300 ± 0.0010"
+    assert comparison.cell(runs, "digits", row, read) == "0.0300\N{NO-BREAK SPACE}±\N{NO-BREAK SPACE}0.0010"
     assert comparison.cell(runs, "mnist", row, read) == "not run"
     assert comparison.cell(runs, "digits", row, comparison.distance("fd", "prior")) == "no score"
     write_run(tmp_path, "short_run-digits-L3", mse=0.05, seed=1)
@@ -131,7 +131,14 @@ def test_a_gap_is_decided_from_two_standard_errors_on():
     )
     assert Gap(-0.02, 0.005).lower == "yes"
     assert Gap(0.02, 0.005).lower == "no"
+    assert str(Gap(-0.00001, 0.001)).startswith("+0.0000")
+    assert str(Gap(-12.3456, 0.5)).split("\N{NO-BREAK SPACE}") == ["-12.35", "±", "0.50"]
     assert Gap(0.02, 0.015).lower == Gap(-0.02, 0.015).lower == "undecided"
+
+
+def test_lists_and_tables_are_texts():
+    assert [comparison.listed("abc"[:n]) for n in (1, 2, 3)] == ["a", "a and b", "a, b and c"]
+    assert comparison.table([("x", "0.020", 3)], ["a", "b", "c"]).splitlines()[-1].split("|")[2].strip() == "0.020"
 
 
 def test_the_transcribed_tables_agree_where_the_paper_prints_a_number_twice():
