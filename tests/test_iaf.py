@@ -78,12 +78,16 @@ def test_the_inverse_undoes_the_flow(device):
 
 
 def test_the_density_of_two_latents_integrates_to_one(device):
+    torch.manual_seed(0)
     flow, context = scrambled(Flow(2, 2, 3, 12)).to(device), numbers(1, 2, seed=2, device=device)
     axis = torch.linspace(-9, 9, 301, dtype=torch.float64, device=device)
     grid = torch.cartesian_prod(axis, axis)
     with torch.no_grad():
         before, log_det = flow.inverse(grid, context.expand(len(grid), -1))
         density = (log_normal(before) - log_det).exp()
+    beyond = ~before.isfinite().all(1) | (before.abs() > 1e100).any(1)  # only from there float64 cannot come back
+    assert density[~beyond].isfinite().all() and beyond.double().mean() < 0.2
+    density = density.masked_fill(beyond, 0)
     assert density.sum() * 0.06**2 == pytest.approx(1, abs=1e-4)
     centre = (density[:, None] * grid).sum(0) * 0.06**2
     with torch.no_grad():
