@@ -1,0 +1,89 @@
+"""The run matrices: every row can be built, is named by the rule, and stands where the paper's tables need it."""
+
+import functools
+import re
+import sys
+from dataclasses import asdict
+from pathlib import Path
+
+import pytest
+
+from srlib import experiment
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT / "papermill_runs"))
+import pipeline  # noqa: E402
+
+DATASETS = ("mnist", "svhn", "celeba32")
+SINGLE_LAYER = ("vae", "iaf", "abp", "glo", "glow")  # Table 2, and Glow
+FULL = ("reference", "paper")
+
+
+load_profile = functools.cache(pipeline.load_profile)
+
+
+def rows(profile):
+    return {job.config.name: job.config for job in load_profile(profile).runs}
+
+
+def names_of_tables_1_and_2_and_the_celeba64_figures():
+    several = {f"{s}-{d}-L{n}" for s in ("short_run", "ladder_vae") for d in (*DATASETS, "celeba64") for n in (1, 3, 5)}
+    return several | {f"{s}-{d}" for s in (*SINGLE_LAYER, "abp-persistent") for d in DATASETS}
+
+
+@pytest.mark.parametrize("profile", ["quick", "digits", *FULL])
+def test_every_row_builds_its_system(profile):
+    """A `Config` refuses what its system cannot be built from; two runs with one name are refused too."""
+    assert load_profile(profile).runs
+
+
+@pytest.mark.parametrize("profile", FULL)
+def test_names_say_what_a_row_is(profile):
+    for name, config in rows(profile).items():
+        expected = f"{config.system}-{config.dataset}"
+        if config.system in ("short_run", "ladder_vae"):
+            expected += f"-L{len(config.latent_dims)}"
+        if config.system == "abp" and config.n_steps == 25:
+            expected = f"abp-persistent-{config.dataset}"
+        if config.system == "short_run" and config.n_steps != 25:
+            expected += f"-K{config.n_steps}"
+        assert name == expected
+
+
+def test_the_tables_have_their_rows():
+    wanted = names_of_tables_1_and_2_and_the_celeba64_figures()
+    assert set(rows("reference")) == wanted
+    assert set(rows("paper")) == wanted | {f"short_run-celeba32-L5-K{k}" for k in (5, 10, 50, 400)}  # Table 3b
+
+
+@pytest.mark.parametrize("profile", FULL)
+def test_systems_are_compared_on_equal_terms(profile):
+    """Glow has a generator, a learning rate and, in the paper, a batch size of its own."""
+    common = ("n_updates", "batch_size", "learning_rates", "betas", "channels", "n_samples")
+    chains = ("n_steps", "step_size", "sigma", "sigma_start", "anneal_fraction")
+    found = rows(profile)
+    latents = {n: found[f"short_run-mnist-L{n}"].latent_dims for n in (1, 3, 5)}
+    for name, config in found.items():
+        ours = found[f"short_run-{config.dataset}-L1"]
+        assert config.n_updates == ours.n_updates and config.n_samples == ours.n_samples
+        if config.system != "glow":
+            assert all(getattr(config, entry) == getattr(ours, entry) for entry in (*common, "feature_size")), name
+            assert config.latent_dims == latents[len(config.latent_dims)]
+        if config.system in ("ladder_vae", "vae", "iaf"):
+            assert all(getattr(config, entry) == getattr(ours, entry) for entry in chains[2:]), name
+        if name.startswith("abp-persistent"):
+            assert asdict(config) == asdict(ours) | {"name": name, "system": "abp"}
+        if name == f"abp-{config.dataset}":  # section 7.3, with s = 0.3^2 / 2
+            assert [getattr(config, entry) for entry in chains[:4]] == [40, pytest.approx(0.045), 0.3, 0.3]
+
+
+def test_the_reference_begins_with_each_system_on_each_dataset():
+    first = list(rows("reference").values())[: 3 * len(experiment.SYSTEMS)]
+    assert {(c.system, c.dataset) for c in first} == {(s, d) for s in experiment.SYSTEMS for d in DATASETS}
+    assert load_profile("reference").by_priority
+
+
+def test_every_default_of_the_paper_has_its_source():
+    defaults = (ROOT / "papermill_runs/paper.yaml").read_text().split("defaults:\n")[1].split("runs:\n")[0]
+    for line in defaults.splitlines():
+        assert re.search(r'# ([57]\.\d: "|Table 4: "|the authors\' script|our choice: )', line), line
