@@ -147,7 +147,8 @@ def load_profile(name: str, seeds: list[int] | None = None, root: Path = ROOT) -
         known = parameter_names(jupytext.read(notebook))
         parameters = {"profile": name} | {entry: value for entry, value in offered.items() if entry in known}
         seconds = _entry(path, row, "seconds", 30.0, (int, float))
-        jobs[chapter] = Job(chapter, notebook, output, output.with_suffix(".json"), parameters, needs, seconds)
+        result = output.with_suffix(".json")
+        jobs[chapter] = Job(chapter, notebook, output, result, parameters, needs, seconds, optional=by_priority)
     return Profile(name, _entry(path, matrix, "label", "", str), jobs, seeds, by_priority, root)
 
 
@@ -540,7 +541,7 @@ def build_book(profile: Profile) -> Path:
     source = target / "source"
     made = [job for job in profile.jobs.values() if not absence(job)]
     without = [job.name for job in made if not job.result.exists()]
-    if len(without) == len(profile.jobs):
+    if len(without) == len(made):
         raise PipelineError(f"the profile {profile.name} has no results yet; {profile.command} makes them")
     if without:
         raise PipelineError(f"there is no result of {', '.join(without)}; {profile.command} makes what is missing")
@@ -554,7 +555,8 @@ def build_book(profile: Profile) -> Path:
         print(f"made from older sources: {', '.join(older)}; {profile.command} makes them again")
     shutil.rmtree(source, ignore_errors=True)
     shutil.copytree(book, source, ignore=shutil.ignore_patterns("_build", "*.ipynb", ".ipynb_checkpoints"))
-    for job in profile.chapters:
+    executed = [job for job in profile.chapters if job in made]
+    for job in executed:
         (source / f"{job.name}.md").unlink()
         shutil.copy(job.output, source / f"{job.name}.ipynb")
     for page in source.glob("*.md"):
@@ -653,6 +655,7 @@ def runs_page(profile: Profile) -> str:
     lines += [
         f"| {{doc}}`{job.name}` | {checkpoints.read_json(job.result)['seconds']:.0f} | {_sources(job, profile)} |"
         for job in profile.chapters
+        if not absence(job)
     ]
     return "\n".join(lines) + "\n"
 

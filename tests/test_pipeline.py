@@ -410,17 +410,23 @@ def test_the_longest_run_is_started_first_unless_the_matrix_gives_priorities(pro
     assert started == ["short-seed0", "long-seed0", "longer-seed0"][:: 1 if by_priority else -1]
 
 
-def test_a_matrix_with_priorities_has_a_book_before_it_is_finished(project, without_kernels):
+def test_a_matrix_with_priorities_has_a_book_before_it_is_finished(project, without_kernels, monkeypatch):
     root, matrix = project
     write_matrix(root, matrix | {"by_priority": True})
+    (root / "book" / "_toc.yml").write_text("parts: []")
+    monkeypatch.setattr(pipeline.subprocess, "run", lambda *_, **__: subprocess.CompletedProcess([], 1, "", ""))
     profile = pipeline.load_profile("quick", root=root)
-    for chapter in profile.chapters:  # one reads the run
-        pipeline.execute(chapter, profile)
-    assert "| tiny-seed0 | digits | | not finished |" in pipeline.runs_page(profile)
+    with pytest.raises(pipeline.PipelineError, match="no results yet"):
+        pipeline.build_book(profile)
+    pipeline.execute(profile.jobs["reader"], profile)  # it would read the run
+    with pytest.raises(pipeline.PipelineError, match="could not be built"):  # no Sphinx in this test
+        pipeline.build_book(profile)
+    pages = {path.name: path.read_text() for path in (root / "book/_build/quick/source").iterdir() if path.is_file()}
+    assert "| tiny-seed0 | digits | | not finished |" in pages["runs.md"] and "{doc}`alone`" not in pages["runs.md"]
+    assert "has no results of this chapter" in pages["alone.md"] and "reader.ipynb" in pages
     assert "tiny-seed0        5 s  not finished" in pipeline.table(profile)
     pipeline.execute(profile.jobs["tiny-seed0"], profile)
     assert pipeline.absence(profile.jobs["tiny-seed0"]) is None
-    assert pipeline.up_to_date(profile.jobs["alone"], profile)
     assert not pipeline.up_to_date(profile.jobs["reader"], profile)  # there is more to read
 
 
