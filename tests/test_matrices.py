@@ -57,6 +57,13 @@ def test_the_tables_have_their_rows():
 
 
 @pytest.mark.parametrize("profile", FULL)
+@pytest.mark.parametrize("chapter", ["systems", "reconstruction", "synthesis"])
+def test_the_chapters_on_the_tables_read_all_their_rows(profile, chapter):
+    read = {run.removesuffix("-seed0") for run in load_profile(profile).jobs[chapter].needs}
+    assert read == names_of_tables_1_and_2_and_the_celeba64_figures()
+
+
+@pytest.mark.parametrize("profile", FULL)
 def test_systems_are_compared_on_equal_terms(profile):
     """Glow has a generator, a learning rate and, in the paper, a batch size of its own."""
     common = ("n_updates", "batch_size", "learning_rates", "betas", "channels", "n_samples")
