@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import multiprocessing
-import resource
 import sys
 import time
 from dataclasses import replace
@@ -60,7 +59,7 @@ def measure(config: Config) -> dict[str, Any]:
         "batch_size": config.batch_size,
         "measured_with_batch_size": batch_size,
         "seconds_per_update": seconds * config.batch_size / batch_size,
-        "peak_memory_in_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,  # Linux counts in KiB
+        "peak_memory": provenance.peak_memory(),  # bytes, of the process
         "processor": provenance.environment()["processor"],
     }
 
@@ -78,7 +77,7 @@ def main() -> None:
         for config, row in zip(missing, pool.imap(measure, missing)):
             record[config.name] = row
             checkpoints.write_json(RESULT, {"rows": {name: record[name] for name in wanted if name in record}})
-            gigabytes = row["peak_memory_in_bytes"] / 1e9
+            gigabytes = (row["peak_memory"] or 0) / 1e9
             print(f"{config.name}: {row['seconds_per_update']:.2f} s per update, {gigabytes:.1f} GB", flush=True)
 
 
