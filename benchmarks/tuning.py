@@ -23,7 +23,7 @@ from srlib.experiment import Config
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "tuning.json"
-RATES = (3e-4, 1e-3, 3e-3)
+RATES = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2)
 SHAPE = (1.0, 1.0, 0.3)  # the learning rate goes down to this fraction of it in the last third
 N_UPDATES = 200
 ROWS = {  # system -> its row in digits.yaml

@@ -58,9 +58,9 @@ CELEBA_TERMS: dict[str, Any] = {"license": "non-commercial research only", "redi
 
 IMAGE_SHAPES: dict[str, tuple[int, int, int]] = {
     "digits": (1, 28, 28),
-    "colour_digits": (3, 28, 28),
+    "colour_digits": (3, 32, 32),
     "mnist": (1, 28, 28),
-    "colour_mnist": (3, 28, 28),
+    "colour_mnist": (3, 32, 32),
     "svhn": (3, 32, 32),
     "celeba32": (3, 32, 32),
     "celeba64": (3, 64, 64),

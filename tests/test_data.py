@@ -629,3 +629,10 @@ def test_loading_is_deterministic_and_leaves_the_random_state(colour):
     assert torch.equal(before[0], torch.random.get_rng_state())
     assert np.array_equal(before[1], np.random.get_state()[1])  # noqa: NPY002
     assert again.fingerprint == colour.fingerprint
+
+
+@pytest.mark.parametrize("name", ["digits", "colour_digits"])
+def test_the_shapes_that_configurations_are_checked_with_are_those_of_the_images(name):
+    assert (
+        srlib.load(name).image_shape == srlib.data.IMAGE_SHAPES[name] == tuple(srlib.load(name).test.images.shape[1:])
+    )

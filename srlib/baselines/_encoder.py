@@ -21,10 +21,10 @@ class BottomUpEncoder(nn.Module):
     Parameters
     ----------
     generator : whose sizes are mirrored; it is not kept.
-    nstatistic_heads : how many statistics of each latent there are; the second alone is made positive.
+    n_heads : how many statistics of each latent there are; the second alone is made positive.
     """
 
-    def __init__(self, generator: TopDownGenerator, nstatistic_heads: int = 2) -> None:
+    def __init__(self, generator: TopDownGenerator, n_heads: int = 2) -> None:
         super().__init__()
         channels, feature_size = generator.channels, generator.feature_size
         n_halvings = (generator.image_shape[1] // feature_size).bit_length() - 1
@@ -34,7 +34,7 @@ class BottomUpEncoder(nn.Module):
         upwards = generator.latent_dims[::-1]
         self.deterministic = nn.ModuleList(DeterministicBlock(channels) for _ in upwards)
         self.heads = nn.ModuleList(
-            nn.ModuleList(statistic_head(channels, d, feature_size) for _ in range(nstatistic_heads)) for d in upwards
+            nn.ModuleList(statistic_head(channels, d, feature_size) for _ in range(n_heads)) for d in upwards
         )
         self.apply(keep_signal)
 
