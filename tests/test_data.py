@@ -633,6 +633,4 @@ def test_loading_is_deterministic_and_leaves_the_random_state(colour):
 
 @pytest.mark.parametrize("name", ["digits", "colour_digits"])
 def test_the_shapes_that_configurations_are_checked_with_are_those_of_the_images(name):
-    assert (
-        data.load(name).image_shape == data.IMAGE_SHAPES[name] == tuple(data.load(name).test.images.shape[1:])
-    )
+    assert data.load(name).image_shape == data.IMAGE_SHAPES[name] == tuple(data.load(name).test.images.shape[1:])

@@ -1,6 +1,7 @@
 """The run matrices: every row can be built, is named by the rule, and stands where the paper's tables need it."""
 
 import functools
+import json
 import re
 import sys
 from dataclasses import asdict
@@ -97,3 +98,17 @@ def test_every_default_of_the_paper_has_its_source():
     defaults = (ROOT / "papermill_runs/paper.yaml").read_text().split("defaults:\n")[1].split("runs:\n")[0]
     for line in defaults.splitlines():
         assert re.search(r'# ([57]\.\d: "|Table 4: "|the authors\' script|our choice: )', line), line
+
+
+def test_learning_rates_of_the_digits_matrix_are_those_tuned_on_validation_images():
+    sys.path.insert(0, str(ROOT / "benchmarks"))
+    import tuning
+
+    results = json.loads(tuning.RESULTS.read_text())
+    assert set(results) == set(tuning.ROWS) == {c.system for c in rows("digits").values()}
+    for system, found in results.items():
+        scores = {float(rate): score for rate, score in found["by_learning_rate"].items()}
+        assert sorted(scores) == sorted(tuning.RATES)  # the same budget for all
+        best = min(scores, key=lambda rate: scores[rate] if scores[rate] != "diverged" else float("inf"))
+        assert found["learning_rates"] == tuning.learning_rates(best)
+        assert list(rows("digits")[tuning.ROWS[system]].learning_rates) == found["learning_rates"]
