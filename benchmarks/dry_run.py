@@ -28,7 +28,11 @@ N_UPDATES = 2  # the first at sigma_start, the second at sigma
 N_IMAGES = 256  # to train on: more than there are latents, as GLO's PCA needs
 # Batch sizes of rows that are too slow. The seconds of such a row are those of its own batch size, by proportion: an update
 # does the same for every image of a batch.
-SMALLER = {"short_run-celeba32-L5-K400": 5}
+SMALLER = {
+    **dict.fromkeys(("short_run-svhn-L5", "short_run-celeba32-L5", "short_run-celeba32-L5-K50"), 20),
+    **dict.fromkeys(("short_run-celeba64-L3", "short_run-celeba64-L5"), 20),
+    "short_run-celeba32-L5-K400": 5,
+}
 
 sys.path.insert(0, str(ROOT / "papermill_runs"))
 import pipeline  # noqa: E402

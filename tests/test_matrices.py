@@ -66,17 +66,14 @@ def test_the_chapters_on_the_tables_read_all_their_rows(profile, chapter):
 
 @pytest.mark.parametrize("profile", FULL)
 def test_systems_are_compared_on_equal_terms(profile):
-    """Glow has a generator, decay rates and, in the paper, a batch size of its own; a system its learning rates."""
+    """Glow has a generator, decay rates and, in the paper, a batch size of its own. Learning rates are tested below."""
     common = ("batch_size", "betas", "channels", "feature_size")
     chains = ("n_steps", "step_size", "sigma", "sigma_start", "anneal_fraction")
-    found, rates = rows(profile), {}
+    found = rows(profile)
     latents = {n: found[f"short_run-mnist-L{n}"].latent_dims for n in (1, 3, 5)}
     for name, config in found.items():
         ours = found[f"short_run-{config.dataset}-L1"]
         assert config.n_updates == ours.n_updates and config.n_samples == ours.n_samples
-        if not name.startswith("abp-persistent"):
-            rates.setdefault(config.system, config.learning_rates)
-            assert config.learning_rates == rates[config.system]
         if config.system != "glow":
             assert all(getattr(config, entry) == getattr(ours, entry) for entry in common), name
             assert config.latent_dims == latents[len(config.latent_dims)]
@@ -112,3 +109,16 @@ def test_learning_rates_of_the_digits_matrix_are_those_tuned_on_validation_image
         best = min(scores, key=lambda rate: scores[rate] if scores[rate] != "diverged" else float("inf"))
         assert found["learning_rates"] == tuning.learning_rates(best)
         assert list(rows("digits")[tuning.ROWS[system]].learning_rates) == found["learning_rates"]
+
+
+def test_learning_rates_of_the_reference_are_those_of_the_tuning():
+    """But for the chains of five layers on colour images, which diverge with it."""
+    tuned = json.loads((ROOT / "benchmarks/tuning.json").read_text())
+    for name, config in rows("reference").items():
+        system = "short_run" if name.startswith("abp-persistent") else config.system
+        slower = system == "short_run" and len(config.latent_dims) == 5 and config.dataset != "mnist"
+        assert list(config.learning_rates) == ([1e-3, 1e-3, 3e-4] if slower else tuned[system]["learning_rates"]), name
+
+
+def test_learning_rates_of_the_paper_are_those_of_section_7_1():
+    assert {c.learning_rates for c in rows("paper").values() if c.system != "glow"} == {(1e-4, 5e-5, 1e-5)}
