@@ -11,6 +11,7 @@ import scipy.linalg
 import torch
 from pytorch_fid import inception
 from pytorch_fid.fid_score import calculate_frechet_distance
+from torch.nn import functional as F
 
 import srlib
 from srlib.evaluation import frechet
@@ -187,6 +188,31 @@ def test_the_classifiers_features_tell_digits_apart_that_they_never_saw(name):
     x, y = frechet.features(name, data.train.images[:1500]), frechet.features(name, data.test.images[:500])
     nearest = torch.cdist(y, x).argmin(1)
     assert (data.train.labels[:1500][nearest] == data.test.labels[:500]).double().mean() > 0.9
+
+
+@pytest.mark.parametrize("name", ["colour_digits", "svhn", "celeba32", "celeba64"])
+def test_images_blurred_noisy_or_joined_of_two_are_far_from_real_ones_and_unseen_images_near(name):
+    try:
+        data = srlib.load(name)
+    except srlib.data.DatasetUnavailable as error:
+        pytest.skip(str(error))
+    unseen = srlib.to_unit_range(data.validation.images)
+    half = unseen.shape[2] // 2
+    damaged = {
+        "blurred": F.avg_pool2d(F.pad(unseen, [2] * 4, mode="reflect"), 5, stride=1),
+        "noisy": (unseen + 0.2 * torch.randn(unseen.shape, generator=rng())).clamp(-1, 1),
+        "joined": torch.cat([unseen[:, :, :half], unseen.roll(1, 0)[:, :, half:]], 2),
+    }
+    real = frechet.features(name, data.train.images[:2000])
+    x, damaged = frechet.features(name, unseen), {how: frechet.features(name, y) for how, y in damaged.items()}
+    assert len(data.train.images) >= frechet.IMAGES_PER_DIMENSION * real.shape[1]
+    if name == "svhn":  # the images that there are without labels: too few of them are held out for more
+        del damaged["joined"]
+    error = frechet.bootstrap_standard_errors(real, x, rng(), 20)[1]
+    for y in damaged.values():
+        assert frechet.kernel_distance(real, y) > frechet.kernel_distance(real, x) + 3 * error
+        if len(x) >= frechet.IMAGES_PER_DIMENSION * x.shape[1]:
+            assert frechet.frechet_distance(real, y) > 3 * frechet.frechet_distance(real, x)
 
 
 def test_features_have_variance_one_and_see_real_and_rounded_images_alike(digits):
