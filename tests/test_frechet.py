@@ -200,7 +200,7 @@ def test_images_blurred_noisy_or_joined_of_two_are_far_from_real_ones_and_unseen
     half = unseen.shape[2] // 2
     damaged = {
         "blurred": F.avg_pool2d(F.pad(unseen, [2] * 4, mode="reflect"), 5, stride=1),
-        "noisy": (unseen + 0.2 * torch.randn(unseen.shape, generator=rng())).clamp(-1, 1),
+        "noisy": (unseen + 0.3 * torch.randn(unseen.shape, generator=rng())).clamp(-1, 1),
         "joined": torch.cat([unseen[:, :, :half], unseen.roll(1, 0)[:, :, half:]], 2),
     }
     real = frechet.features(name, data.train.images[:2000])
