@@ -190,7 +190,7 @@ def test_the_classifiers_features_tell_digits_apart_that_they_never_saw(name):
     assert (data.train.labels[:1500][nearest] == data.test.labels[:500]).double().mean() > 0.9
 
 
-@pytest.mark.parametrize("name", ["colour_digits", "svhn", "celeba32", "celeba64"])
+@pytest.mark.parametrize("name", NETWORKS)
 def test_images_blurred_noisy_or_joined_of_two_are_far_from_real_ones_and_unseen_images_near(name):
     try:
         data = srlib.load(name)
