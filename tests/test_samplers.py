@@ -68,7 +68,9 @@ def test_exact_draws_stay_exact_at_a_step_size_that_biases_short_runs(linear_pos
 def test_mala_follows_the_rule_of_metropolis_and_hastings(small_posterior, masked):
     """Acceptance from the densities of Eq. (10)'s kernel forwards and backwards, score and log density from Posterior."""
     posterior, s = small_posterior(masked), 0.03
-    start = srlib.short_run(posterior, 200, s / 2, rng=rng(3)).final  # near the posterior: from the prior all are accepted
+    start = srlib.short_run(
+        posterior, 200, s / 2, rng=rng(3)
+    ).final  # near the posterior: from the prior all are accepted
     noise = torch.randn(start.shape, generator=rng(5), dtype=start.dtype)
     end = srlib.short_run(posterior, 1, s, start, noise[None]).final
 
