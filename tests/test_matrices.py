@@ -2,6 +2,7 @@
 
 import functools
 import json
+import math
 import re
 import sys
 from dataclasses import asdict
@@ -9,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from srlib import experiment
+from srlib import checkpoints, experiment
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "papermill_runs"))
@@ -122,3 +123,15 @@ def test_learning_rates_of_the_reference_are_those_of_the_tuning():
 
 def test_learning_rates_of_the_paper_are_those_of_section_7_1():
     assert {c.learning_rates for c in rows("paper").values() if c.system != "glow"} == {(1e-4, 5e-5, 1e-5)}
+
+
+def test_the_dry_run_covers_the_rows_of_the_paper_as_they_are_today():
+    """benchmarks/dry_run.py has trained each of them for 2 updates, and runs again what has changed."""
+    measured, today = checkpoints.read_json(ROOT / "benchmarks/dry_run.json")["rows"], rows("paper")
+    assert {name: row["config"] for name, row in measured.items()} == {
+        name: pipeline.row_hash(config) for name, config in today.items()
+    }
+    for job in load_profile("paper").runs:
+        row = measured[job.config.name]
+        assert 0 < row["seconds_per_update"] < math.inf and row["batch_size"] == job.config.batch_size
+        assert job.seconds == pytest.approx(row["seconds_per_update"] * job.config.n_updates)
