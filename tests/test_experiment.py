@@ -51,7 +51,9 @@ def test_samples_of_both_sources_are_compared_with_training_images(finished):
         scores = metrics["scores"][f"samples_{source}"]
         assert scores["n_real"] == scores["n_generated"] == TINY["n_samples"] and scores["feature_dim"] == 32
         assert scores["fd_digits"] > 10 * scores["fd_digits_standard_error"] > 0  # an untrained generator
-        assert {"not_run", "fid"} & set(metrics["scores"][f"samples_{source}_inception"])  # by whether its weights are there
+        assert {"not_run", "fid"} & set(
+            metrics["scores"][f"samples_{source}_inception"]
+        )  # by whether its weights are there
     assert metrics["scores"]["samples_prior"]["fd_digits"] != metrics["scores"]["samples_aggregate"]["fd_digits"]
     assert 0 < metrics["seconds"]["inference_per_image"] < 1
     assert metrics["peak_memory"] is None or 1e8 < metrics["peak_memory"] < 1e11
