@@ -239,25 +239,15 @@ def up_to_date(job: Job, profile: Profile) -> bool:
 
 
 def training_key(job: Job) -> str:
-    """The hash of what the training itself depends on: not how the notebook shows it, nor the style of its figures."""
-    source = provenance.source_hash(experiment.modules(job.config.system))
-    return checkpoints.checksum({"config": job.parameters["config"], "source": source})
-
-
-def trained(job: Job) -> bool:
-    """Whether the run directory holds a whole, unedited training with this configuration and today's sources."""
-    try:
-        metrics = experiment.verified_metrics(job.output.parent)
-    except checkpoints.CheckpointError:
-        return False
-    source = provenance.source_hash(experiment.modules(job.config.system))
-    return metrics.get("config") == job.parameters["config"] and metrics.get("source_hash") == source
+    """The hash of what the training itself depends on: not how it is scored and shown, nor the style of its figures."""
+    parts = {"config": job.parameters["config"], "source": experiment.training_hash(job.config.system)}
+    return checkpoints.checksum(parts)
 
 
 def current(job: Job, profile: Profile) -> bool:
     """Whether a result that is there comes from today's sources. Of a run its training counts, not how the notebook shows it."""
     if job.config is not None:
-        return trained(job)
+        return experiment.is_current(job.output.parent, job.config)
     return checkpoints.read_json(job.result)["key"] == key(job, profile)
 
 
@@ -295,7 +285,7 @@ def _execute(job: Job, profile: Profile) -> None:
     job.output.parent.mkdir(parents=True, exist_ok=True)
     failed, begun = job.output.with_suffix(".failed.ipynb"), job.output.with_suffix(".begun")
     job.output.with_name("not_run.json").unlink(missing_ok=True) if job.config else None
-    if job.config is not None and not trained(job):
+    if job.config is not None and not experiment.training_stands(job.output.parent, job.config):
         # an interrupted training goes on; what another configuration or older sources left behind is no part of this one
         if not (begun.exists() and begun.read_text() == training_key(job)):
             shutil.rmtree(job.output.parent)

@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import difflib
 import importlib
+import json
 import re
 import time
 from collections.abc import Mapping
@@ -21,20 +22,17 @@ from typing import Any, Literal, get_args
 
 import torch
 import yaml
-from torch import Tensor
 
 from . import checkpoints, provenance
-from .data import IMAGE_SHAPES, Dataset, DatasetUnavailable, Split, checked_name, load, to_unit_range
-from .evaluation.frechet import INCEPTION, WeightsUnavailable, evaluate_samples
-from .evaluation.reconstruction import inference_seconds, recogniser, reconstructions, squared_error
+from .data import IMAGE_SHAPES, Dataset, DatasetUnavailable, checked_name, load
+from .evaluation.reconstruction import inference_seconds
+from .evaluation.scores import EvaluationSplit, evaluate
 from .generators import Generator, LadderGenerator, TopDownGenerator, check_whole
-from .system import Source, System
-from .training import TrainingPlan, resume_file, snapshot_file, training_seconds
+from .system import System
+from .training import TrainingPlan, resume_file, snapshot_file, stream, training_seconds
 
-EvaluationSplit = Literal["test", "validation"]
 Search = Literal["none", "grid", "descent"]
 N_AGGREGATE = 5000  # training images that the Gaussian of the inferred latents is fitted to
-EVALUATION_BATCH = 250
 GENERATORS = {"top_down": TopDownGenerator, "ladder": LadderGenerator}
 
 
@@ -54,6 +52,11 @@ SYSTEMS = known_systems()
 def modules(system: str) -> list[str]:
     """The modules of srlib that a run of `system` depends on."""
     return provenance.imported_modules(["srlib.experiment", SYSTEMS[system]])
+
+
+def training_hash(system: str) -> str:
+    """The hash of the modules that the training of `system` depends on: all but srlib.evaluation, which scores it afterwards."""
+    return provenance.source_hash(m for m in modules(system) if not m.startswith("srlib.evaluation"))
 
 
 @dataclass(frozen=True)
@@ -158,7 +161,7 @@ class Config:
     def build(self, image_shape: tuple[int, int, int]) -> System:
         """The untrained system; its first weights depend on `seed` alone."""
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(_stream(self.seed, 0))
+            torch.manual_seed(stream(self.seed, "weights"))
             return self._module().builder(self)(image_shape)
 
     def torch_device(self) -> torch.device:
@@ -179,37 +182,30 @@ class Config:
 def run(config: Config, output: Path | str, progress: bool = True) -> dict[str, Any]:
     """Train and evaluate what `config` says, write the run directory `output`, return its metrics.
 
+    Called again after an interruption it goes on. Called again after the end it scores the training that stands there again,
+    unless the sources of the training have changed, which makes it start anew.
+
     Raises ValueError if `output` holds a run with another configuration, `DatasetUnavailable` if the images are not on
-    this machine. Called again after an interruption it goes on; called again after the end it starts anew.
+    this machine.
     """
     output, started = Path(output), time.monotonic()
     dataset = load(config.dataset)
-    system = config.build(dataset.image_shape).to(config.torch_device())
     _claim(output, config)
-    (output / "metrics.json").unlink(missing_ok=True)
-
-    rng = torch.Generator().manual_seed(_stream(config.seed, 1))
-    history = system.fit(dataset.train.images, config.plan(), rng, output, progress)
-    system.fit_aggregate(dataset.train.images[:N_AGGREGATE], rng=rng)
-    checkpoints.write_json(output / "history.json", {"history": dict(sorted(history.items()))})
-    checkpoints.save(output / "model.safetensors", system.state_dict(), {"config": asdict(config)})
-
-    kept = (output / "model.safetensors", *(snapshot_file(output, t) for t in config.snapshots))
-    written = [output / "history.json", *kept]
+    if training_stands(output, config):
+        system, training, _ = load_run(output, str(config.torch_device()))
+    else:
+        system, training = _train(config, dataset, output, progress)
     sources = modules(config.system)
     metrics = {
         "config": asdict(config),
         "scores": evaluate(system, dataset, config.evaluation_split, config.seed, config.n_samples),
         "data": {"name": dataset.name, "fingerprint": dataset.fingerprint, "n_train": len(dataset.train.images)},
-        "seconds": {
-            "training": training_seconds(output),
-            "step_size_search": sum(history.get("search_seconds", [])),
+        **{name: training[name] for name in ("environment", "peak_memory", "files", "training_hash")},
+        "seconds": training["seconds"]
+        | {
             "inference_per_image": inference_seconds(system, dataset.validation.images),
             "last_sitting": time.monotonic() - started,
         },
-        "peak_memory": provenance.peak_memory(),
-        "environment": provenance.environment(str(config.torch_device())),
-        "files": {path.name: provenance.file_hash(path) for path in written},
         "source_hash": provenance.source_hash(sources),
         "modules": sources,
     }
@@ -218,42 +214,46 @@ def run(config: Config, output: Path | str, progress: bool = True) -> dict[str, 
     return metrics
 
 
-def evaluate(
-    system: System, dataset: Dataset, split: EvaluationSplit, seed: int, n_samples: int = 5000
-) -> dict[str, Any]:
-    """The scores of a trained system: per-pixel MSE on [-1, 1] of the images of one split and, with labels, how many of their
-    reconstructions are recognised; what it knows of their likelihood; and the distances of n_samples images, from the prior and
-    from the aggregate posterior, from as many training images (`evaluate_samples`)."""
-    held_out: Split = getattr(dataset, split)
-    rng = torch.Generator().manual_seed(_stream(seed, 2))
-    images, reconstructed = to_unit_range(held_out.images), reconstructions(system, held_out.images, rng)
-    errors = squared_error(images, reconstructed)
-    scores: dict[str, Any] = {
-        "split": split,
-        "n_images": len(errors),
-        "mse": errors.mean().item(),
-        "mse_standard_error": errors.std().item() / len(errors) ** 0.5,
-        **system.settings(),
+def _train(config: Config, dataset: Dataset, output: Path, progress: bool) -> tuple[System, dict[str, Any]]:
+    """The trained system, and what its metrics.json is to say of the training."""
+    (output / "metrics.json").unlink(missing_ok=True)
+    system = config.build(dataset.image_shape).to(config.torch_device())
+    rng = torch.Generator().manual_seed(stream(config.seed, "training"))
+    history = system.fit(dataset.train.images, config.plan(), rng, output, progress)
+    system.fit_aggregate(dataset.train.images[:N_AGGREGATE], rng=rng)
+    checkpoints.write_json(output / "history.json", {"history": dict(sorted(history.items()))})
+    checkpoints.save(output / "model.safetensors", system.state_dict(), {"config": asdict(config)})
+    kept = (output / "model.safetensors", *(snapshot_file(output, t) for t in config.snapshots))
+    training = {
+        "seconds": {
+            "training": training_seconds(output),
+            "step_size_search": sum(history.get("search_seconds", [])),
+        },
+        "peak_memory": provenance.peak_memory(),
+        "environment": provenance.environment(str(config.torch_device())),
+        "files": {path.name: provenance.file_hash(path) for path in (output / "history.json", *kept)},
+        "training_hash": training_hash(config.system),
     }
-    if held_out.labels is not None:
-        classify = recogniser(to_unit_range(dataset.train.images), dataset.train.labels)
-        for name, judged in (("originals", images), ("reconstructions", reconstructed)):
-            scores[f"recognised_{name}"] = (classify(judged) == held_out.labels).double().mean().item()
-    rng = torch.Generator().manual_seed(_stream(seed, 3))
-    parts: dict[str, list[Tensor]] = {}
-    for batch in held_out.images.split(EVALUATION_BATCH):
-        for name, values in system.likelihood(system.as_input(batch), rng).items():
-            parts.setdefault(name, []).append(values)
-    scores |= {name: torch.cat(values).mean().item() for name, values in parts.items()}
-    real = dataset.train.images[:n_samples]
-    for source in get_args(Source):
-        generated = torch.cat([system.sample(len(x), source, rng).cpu() for x in real.split(EVALUATION_BATCH)])
-        for key, network in ((f"samples_{source}", dataset.name), (f"samples_{source}_{INCEPTION}", INCEPTION)):
-            try:
-                scores[key] = evaluate_samples(network, real, generated, rng)
-            except WeightsUnavailable as error:
-                scores[key] = {"not_run": str(error)}
-    return scores
+    return system, training
+
+
+def training_stands(directory: Path, config: Config) -> bool:
+    """Whether `directory` holds a whole, unedited training with `config` and today's sources, though its scores may be older."""
+    return _finished(directory, config).get("training_hash") == training_hash(config.system)
+
+
+def is_current(directory: Path, config: Config) -> bool:
+    """Whether `directory` holds a whole, unedited run with `config` and today's sources."""
+    return _finished(directory, config).get("source_hash") == provenance.source_hash(modules(config.system))
+
+
+def _finished(directory: Path, config: Config) -> dict[str, Any]:
+    """The metrics of a finished run with this configuration; empty where there is none."""
+    try:
+        metrics = verified_metrics(directory)
+    except checkpoints.CheckpointError:
+        return {}
+    return metrics if metrics["config"] == json.loads(json.dumps(asdict(config))) else {}
 
 
 def verified_metrics(directory: Path) -> dict[str, Any]:
@@ -302,11 +302,6 @@ def _claim(output: Path, config: Config) -> None:
 
 def _plain(config: dict[str, Any]) -> dict[str, Any]:
     return {key: list(value) if isinstance(value, tuple) else value for key, value in config.items()}
-
-
-def _stream(seed: int, purpose: int) -> int:
-    """Independent seeds for the weights (0), the training (1), reconstructions (2) and samples (3) of one run."""
-    return seed * 1000 + purpose
 
 
 def _converted(key: str, value: Any, default: Any) -> Any:

@@ -17,7 +17,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -72,6 +72,11 @@ class TrainingPlan:
         """The learning rate of update t = 0, ..., T - 1."""
         rate = self.learning_rates[min(t * len(self.learning_rates) // self.n_updates, len(self.learning_rates) - 1)]
         return rate * min(1.0, (t + 1) / (self.warmup_updates + 1))
+
+
+def stream(seed: int, purpose: Literal["weights", "training", "reconstructions", "samples"]) -> int:
+    """Independent seeds for what is drawn at random in one run."""
+    return seed * 1000 + ("weights", "training", "reconstructions", "samples").index(purpose)
 
 
 def resume_file(directory: Path | str) -> Path:

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import srlib
-from srlib import checkpoints, experiment, provenance
+from srlib import checkpoints, experiment, provenance, training
 from srlib.checkpoints import CheckpointError
 from srlib.experiment import Config
 
@@ -69,7 +69,7 @@ def test_what_a_system_knows_of_the_likelihood_stands_with_its_scores(system, sc
     built = config.build((1, 28, 28))
     built.fit_aggregate(digits.train.images[:100])
     scores = experiment.evaluate(built, part, "test", 0, n_samples=100)
-    rng = torch.Generator().manual_seed(experiment._stream(0, 3))
+    rng = torch.Generator().manual_seed(training.stream(0, "samples"))
     x = built.as_input(part.test.images)
     expected = torch.cat([built.likelihood(batch, rng)[score] for batch in x.split(250)])
     assert scores[score] == pytest.approx(expected.mean().item(), rel=1e-6) and len(expected) == 300
@@ -96,6 +96,33 @@ def test_the_same_configuration_gives_the_same_scores_in_another_process(finishe
     command = [sys.executable, "-m", "srlib.experiment", str(config), "--output", str(tmp_path / "out")]
     subprocess.run(command, check=True, capture_output=True)
     assert checkpoints.read_json(tmp_path / "out" / "metrics.json")["scores"] == metrics["scores"]
+
+
+def test_a_finished_run_is_scored_again_and_trained_again_only_where_its_training_changed(
+    finished, tmp_path, monkeypatch
+):
+    output, metrics = finished
+    copy, config = tmp_path / "copy", Config.from_dict(TINY)
+    shutil.copytree(output, copy)
+    assert experiment.is_current(copy, config) and experiment.training_stands(copy, config)
+    older = {name: value for name, value in metrics.items() if name != "checksum"}
+    checkpoints.write_json(copy / "metrics.json", older | {"scores": {"mse": 9.0}, "source_hash": "of older sources"})
+    assert not experiment.is_current(copy, config) and experiment.training_stands(copy, config)
+    weights = (copy / "model.safetensors").stat().st_mtime_ns
+    again = experiment.run(config, copy, progress=False)
+    assert experiment.is_current(copy, config)
+    assert (copy / "model.safetensors").stat().st_mtime_ns == weights
+    assert again["scores"] == metrics["scores"] and again["seconds"].keys() == metrics["seconds"].keys()
+    changed = ("inference_per_image", "last_sitting")
+    for seconds in (again["seconds"], older["seconds"]):
+        assert all(seconds.pop(name) > 0 for name in changed)
+    assert {name: again[name] for name in older} == older
+    with monkeypatch.context() as changed_sources:
+        changed_sources.setattr(experiment, "training_hash", lambda system: "of newer sources")
+        assert not experiment.training_stands(copy, config)
+        experiment.run(config, copy, progress=False)
+    assert (copy / "model.safetensors").stat().st_mtime_ns != weights
+    assert not experiment.training_stands(copy, Config.from_dict(TINY | {"seed": 1}))
 
 
 def test_a_run_with_another_file_than_it_wrote_is_refused(finished, tmp_path):
@@ -142,10 +169,11 @@ def test_a_run_depends_on_the_modules_of_its_own_system_alone(tmp_path, monkeypa
     assert {"srlib.baselines.other", "srlib.learning", "srlib.experiment"} <= set(experiment.modules("other"))
     other.write_text("")
     assert not {"srlib.langevin", "srlib.learning", "srlib.step_size"} & set(experiment.modules("other"))
-    for module in ("learning", "experiment", "entropy"):
-        path = copy / f"{module}.py"
+    for module in ("learning", "experiment", "entropy", "evaluation/scores", "evaluation/frechet"):
+        path, trained = copy / f"{module}.py", experiment.training_hash("short_run")
         path.write_text(path.read_text() + "\nADDED = 1\n")
         assert sources() != before
+        assert (experiment.training_hash("short_run") == trained) == module.startswith("evaluation")
         before = sources()
 
 

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import math
+import sys
 from unittest import mock
 
 import numpy as np
@@ -353,7 +354,12 @@ def test_other_weights_than_the_published_ones_are_not_fid(random_inception):
 
 def test_absent_weights_are_not_downloaded_but_explained(tmp_path, monkeypatch, no_download):
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
-    with pytest.raises(frechet.WeightsUnavailable, match=r"fetch https://\S+pt_inception"):
+    with pytest.raises(frechet.WeightsUnavailable, match=r"fetch https://\S+pt_inception") as told:
         frechet.features("inception", torch.zeros(2, 3, 32, 32))
+    assert str(tmp_path) not in str(told.value)  # it is kept with results that go to other machines
+    with monkeypatch.context() as without:
+        without.setitem(sys.modules, "pytorch_fid.inception", None)
+        with pytest.raises(frechet.WeightsUnavailable, match="pip install pytorch-fid"):
+            frechet.features("inception", torch.zeros(2, 3, 32, 32))
     with pytest.raises(ValueError, match="inception_dim=100 must be one of"):
         frechet.features("inception", torch.zeros(2, 3, 32, 32), inception_dim=100)

@@ -153,7 +153,9 @@ def test_results_show_their_parameters_and_no_trace_of_the_machine(project):
 def test_a_finished_training_is_only_shown_again_when_its_notebook_changes(project, without_kernels):
     root, _ = project
     path = root / "papermill_runs" / "train.md"
-    sealed = """"config": config, "source_hash": provenance.source_hash(experiment.modules("short_run")), "files":"""
+    sealed = (
+        """"config": config, "training_hash": experiment.training_hash("short_run"), "source_hash": "older", "files":"""
+    )
     code = RUN.replace('"files":', sealed).replace("import checkpoints", "import checkpoints, experiment")
     path.write_text(path.read_text().replace(RUN, code))
     profile = pipeline.load_profile("quick", root=root)
@@ -166,7 +168,7 @@ def test_a_finished_training_is_only_shown_again_when_its_notebook_changes(proje
     assert kept.exists()
     metrics = kept.with_name("metrics.json")
     older = {name: value for name, value in checkpoints.read_json(metrics).items() if name != "checksum"}
-    checkpoints.write_json(metrics, older | {"source_hash": "of older sources"})
+    checkpoints.write_json(metrics, older | {"training_hash": "of older sources"})
     pipeline.execute(profile.jobs["tiny-seed0"], profile)
     assert not kept.exists()
 

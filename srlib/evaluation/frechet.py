@@ -282,15 +282,21 @@ def _network(network_name: str) -> tuple[nn.Module, dict[str, Any]]:
 
 def _inception_file(weights: Path | str | None) -> Path:
     """The file with pytorch-fid's weights, which must be the published ones."""
-    from pytorch_fid.inception import FID_WEIGHTS_URL
-
+    try:
+        from pytorch_fid.inception import FID_WEIGHTS_URL
+    except ImportError:
+        raise WeightsUnavailable("FID needs pytorch-fid: pip install pytorch-fid") from None
     if weights is None:
         path = Path(torch.hub.get_dir()) / "checkpoints" / FID_WEIGHTS_URL.rsplit("/", 1)[-1]
+        place = (
+            f"torch's hub cache, as checkpoints/{path.name}"  # no path of this machine: the reason stays with results
+        )
     else:
         path = Path(weights).expanduser()
+        place = str(path)
     if not path.is_file():
         raise WeightsUnavailable(
-            f"the Inception weights are not at {path}: fetch {FID_WEIGHTS_URL} and put the file there, "
+            f"the Inception weights are not at {place}: fetch {FID_WEIGHTS_URL} and put the file there, "
             "or give its path as inception_weights"
         )
     if not _sha256(path).startswith(INCEPTION_SHA256):
