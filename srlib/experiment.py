@@ -201,11 +201,7 @@ def run(config: Config, output: Path | str, progress: bool = True) -> dict[str, 
         "scores": evaluate(system, dataset, config.evaluation_split, config.seed, config.n_samples),
         "data": {"name": dataset.name, "fingerprint": dataset.fingerprint, "n_train": len(dataset.train.images)},
         **{name: training[name] for name in ("environment", "peak_memory", "files", "training_hash")},
-        "seconds": training["seconds"]
-        | {
-            "inference_per_image": inference_seconds(system, dataset.validation.images),
-            "last_sitting": time.monotonic() - started,
-        },
+        "seconds": training["seconds"] | {"last_sitting": time.monotonic() - started},
         "source_hash": provenance.source_hash(sources),
         "modules": sources,
     }
@@ -228,6 +224,7 @@ def _train(config: Config, dataset: Dataset, output: Path, progress: bool) -> tu
         "seconds": {
             "training": training_seconds(output),
             "step_size_search": sum(history.get("search_seconds", [])),
+            "inference_per_image": inference_seconds(system, dataset.validation.images),
         },
         "peak_memory": provenance.peak_memory(),
         "environment": provenance.environment(str(config.torch_device())),
