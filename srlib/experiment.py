@@ -250,7 +250,7 @@ def _finished(directory: Path, config: Config) -> dict[str, Any]:
         metrics = verified_metrics(directory)
     except checkpoints.CheckpointError:
         return {}
-    return metrics if metrics["config"] == json.loads(json.dumps(asdict(config))) else {}
+    return metrics if metrics.get("config") == json.loads(json.dumps(asdict(config))) else {}
 
 
 def verified_metrics(directory: Path) -> dict[str, Any]:
