@@ -133,3 +133,12 @@ def test_arguments_that_do_not_fit_are_named(linear_posterior, arguments, messag
 def test_the_exact_sample_must_fit_the_images(linear_posterior):
     with pytest.raises(ValueError, match="e has shape"):
         bidirectional(linear_posterior(n=2), torch.zeros(1, 3, dtype=torch.float64), 4, 2, rng())
+
+
+def test_an_annealing_of_other_images_is_refused(linear_posterior):
+    annealing = tune_annealing(linear_posterior(n=2), 4, rng())
+    three = linear_posterior(n=3)
+    with pytest.raises(ValueError, match="tuned on 2 images and the posterior has 3"):
+        annealed_importance_sampling(three, n_chains=2, rng=rng(), annealing=annealing)
+    with pytest.raises(ValueError, match="tuned on 2 images and the posterior has 3"):
+        reverse_annealed_importance_sampling(three, torch.zeros(3, 3, dtype=torch.float64), annealing, 2, rng())

@@ -100,6 +100,7 @@ def annealed_importance_sampling(
     check_whole("n_chains", n_chains, 2)
     if annealing is None:
         annealing = tune_annealing(posterior, n_temperatures, rng, n_leapfrog)
+    _check_annealing(annealing, posterior)
     copies = posterior.repeated(n_chains)
     state = evaluate(copies, copies.generator.sample_prior(len(copies), rng))
     beta, increments = annealing.beta.tolist(), annealing.beta.diff().tolist()
@@ -124,6 +125,7 @@ def reverse_annealed_importance_sampling(
     draw: only averages over images have an error that spread over the images shows.
     """
     check_whole("n_chains", n_chains, 2)
+    _check_annealing(annealing, posterior)
     start = posterior.validated(exact_sample).detach().repeat_interleave(n_chains, 0)
     copies = posterior.repeated(n_chains)
     state = evaluate(copies, start)
@@ -209,6 +211,15 @@ def tune_annealing(
     beta = _interpolated(position, torch.tensor(betas, dtype=torch.float64)[:, None])[:, 0]
     beta[0], beta[-1] = 0.0, 1.0
     return Annealing(beta, _interpolated(position, torch.stack(log_steps))[1:].exp(), n_leapfrog)
+
+
+def _check_annealing(annealing: Annealing, posterior: Posterior) -> None:
+    """Its step sizes belong to the images it was tuned on, in their order."""
+    n = annealing.leapfrog_step.shape[1]
+    if n != len(posterior):
+        raise ValueError(
+            f"annealing was tuned on {n} images and the posterior has {len(posterior)}; tune it on these with tune_annealing"
+        )
 
 
 def _interpolated(position: Tensor, values: Tensor) -> Tensor:
