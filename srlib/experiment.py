@@ -28,6 +28,7 @@ from .data import IMAGE_SHAPES, Dataset, DatasetUnavailable, checked_name, load
 from .evaluation.reconstruction import inference_seconds
 from .evaluation.scores import EvaluationSplit, evaluate
 from .generators import Generator, LadderGenerator, TopDownGenerator, check_whole
+from .inner_loop import Precision
 from .system import System
 from .training import TrainingPlan, resume_file, snapshot_file, stream, training_seconds
 
@@ -64,7 +65,9 @@ class Config:
     """One training run. `step_size` is the s of Eq. (10); learning rates are used in equal parts of the training.
 
     generator : "top_down" is that of Table 4, "ladder" that of section 5.4.
-    step_size_search, estimator, every, search_images : line 5 of Algorithm 1, see `StepSizeSearch`; "none" keeps s.
+    step_size_search, estimator, every, search_images, step_size_share : line 5 of Algorithm 1, see `StepSizeSearch`; "none"
+        keeps s.
+    precision, compile : how the short run system and ABP compute their chains, see `inner_loop.accelerated`.
     snapshots : numbers of updates after which the system is saved too (`load_run(..., snapshot=t)`).
     options : what only this system has, by name; the module of the system says which (the short run system has none).
     n_samples : images that are drawn from each source to be compared with as many training images, or all if there are fewer.
@@ -93,6 +96,9 @@ class Config:
     estimator: str = "linear_noise"
     every: int = 50
     search_images: int = 4
+    step_size_share: Literal["all", "step", "layer"] = "all"
+    precision: Precision = "full"
+    compile: bool = False
     snapshots: tuple[int, ...] = ()
     options: dict[str, Any] = field(default_factory=dict)
     n_samples: int = 5000
@@ -314,6 +320,8 @@ def _converted(key: str, value: Any, default: Any) -> Any:
             if not isinstance(value, (list, tuple)):
                 raise ValueError
             return tuple(_number(v, item) for v in value)
+        if kind is bool:
+            return _truth(value)
         return _number(value, item) if item in (int, float) else _text(value)
     except (TypeError, ValueError):
         wanted = f"a list of {item.__name__}" if kind is tuple else kind.__name__
@@ -324,6 +332,12 @@ def _number(value: Any, kind: type) -> Any:
     if isinstance(value, bool) or (kind is int and not isinstance(value, int)):
         raise ValueError
     return kind(value)
+
+
+def _truth(value: Any) -> bool:
+    if not isinstance(value, bool):
+        raise ValueError
+    return value
 
 
 def _text(value: Any) -> str:

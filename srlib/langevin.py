@@ -11,12 +11,15 @@ e + (delta^2 / 2) score + delta eps instead, so that s = delta^2 / 2; delta is c
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from .generators import check_positive, check_whole, given_or_fresh, randn_like
+from .inner_loop import Precision, accelerated, check_fast
 from .posterior import Posterior
 
 # A state whose root mean square is this many standard deviations of the prior has left every posterior worth the name.
@@ -72,6 +75,8 @@ def short_run(
     rng: torch.Generator | None = None,
     keep_trajectory: bool = False,
     chunk_size: int | None = None,
+    precision: Precision = "full",
+    compile: bool = False,
 ) -> Chain:
     """Noise-initialised short run inference of Eqs. (10)-(12), for all n images of `posterior` at once.
 
@@ -87,9 +92,11 @@ def short_run(
         torch's global state.
     keep_trajectory : also return all states.
     chunk_size : images per gradient evaluation; bounds memory, draws the same random numbers.
+    precision, compile : how scores are computed, see `inner_loop.accelerated`.
 
     The chain is differentiable with respect to `step_size` and `initial` if they require gradients; otherwise nothing of
-    one step is kept for the next. The generator's parameters are frozen throughout.
+    one step is kept for the next. With respect to `step_size` alone it can be differentiated once, and keeps only its states.
+    The generator's parameters are frozen throughout.
 
     Raises ValueError for arguments that do not fit, `DivergenceError` for a chain that left all bounds.
     """
@@ -108,10 +115,10 @@ def short_run(
     rng_before_noise = None if deterministic or noise is not None else rng.clone_state()
 
     start, trajectory = e, [e]
-    differentiable = torch.is_grad_enabled() and (s.requires_grad or e.requires_grad)
+    score = _score_function(posterior, s, e, chunk_size, precision, compile)
     bounded_steps = torch.zeros((), dtype=torch.int64, device=e.device)
     for k, s_k in enumerate(s.expand(shape)):
-        e = e + s_k * posterior.score(e, create_graph=differentiable, chunk_size=chunk_size)
+        e = e + s_k * score(e)
         if not deterministic:
             e = e + (2 * s_k).sqrt() * (randn_like(start, rng) if noise is None else noise[k])
         # counted on the device and looked at once, after the loop: a look at every step would stall a GPU
@@ -127,6 +134,25 @@ def short_run(
         raise _divergence(int(bounded_steps), s.expand(shape))
     kept = torch.stack(trajectory) if keep_trajectory else None
     return Chain(e, start, s, n_steps, kept, noise, rng_before_noise)
+
+
+def _score_function(
+    posterior: Posterior, s: Tensor, start: Tensor, chunk_size: int | None, precision: Precision, compile: bool
+) -> Callable[[Tensor], Tensor]:
+    """The score of a chain from `start` with step size s: as fast as it can be, or differentiable where that is asked for."""
+    check_fast(precision, compile)
+    if torch.is_grad_enabled() and (s.requires_grad or start.requires_grad):
+        if precision != "full" or compile:
+            raise ValueError(
+                f"precision={precision!r}, compile={compile}: a chain that is to be differentiated is computed as it is; leave "
+                "them out, or use torch.no_grad"
+            )
+        if start.requires_grad:  # then its Jacobian may be wanted, and the derivatives of that
+            return partial(posterior.score, create_graph=True, chunk_size=chunk_size)
+        return partial(posterior.differentiable_score, chunk_size=chunk_size)
+    if start.is_meta:
+        return partial(posterior.score, chunk_size=chunk_size)
+    return partial(accelerated(posterior, precision, compile).score, chunk_size=chunk_size)
 
 
 def step_size_from_noise_scale(noise_scale: float) -> float:

@@ -25,7 +25,8 @@ import torch
 from torch import Tensor
 
 from .generators import Generator, check_positive, check_whole, given_or_fresh
-from .langevin import DivergenceError, noise_scale_from_step_size, short_run
+from .inner_loop import Precision, check_fast
+from .langevin import DivergenceError, noise_scale_from_step_size, short_run, validated_step_size
 from .posterior import Posterior
 from .step_size import StepSizeResult
 from .system import NoisySystem
@@ -44,31 +45,40 @@ class ShortRun(NoisySystem):
     Parameters
     ----------
     n_steps : K.
-    step_size : s of Eq. (10) once sigma has arrived at its final value.
+    step_size : s of Eq. (10) once sigma has arrived at its final value; a number, or a tensor that broadcasts to [K, n, d] for
+        all n, such as `geometric_step_sizes`.
     sigma, sigma_start, anneal_fraction : as in `NoisySystem`. The stiffness of the posterior grows as 1 / sigma^2, so s
         follows sigma^2 while it is annealed.
     update_step_size, every : line 5 of Algorithm 1, called every T_s = `every` updates; None keeps s fixed.
+    precision, compile : how the chains compute their scores, see `inner_loop.accelerated`.
     """
 
     def __init__(
         self,
         generator: Generator,
         n_steps: int = 25,
-        step_size: float = 1.25e-3,
+        step_size: float | Tensor = 1.25e-3,
         sigma: float = 0.15,
         sigma_start: float | None = None,
         anneal_fraction: float = 0.5,
         update_step_size: StepSizeUpdate | None = None,
         every: int = 100,
+        precision: Precision = "full",
+        compile: bool = False,
     ) -> None:
         super().__init__(generator, sigma, sigma_start, anneal_fraction)
         self.n_steps, self.update_step_size, self.every = n_steps, update_step_size, every
         check_whole("n_steps", n_steps)
         check_whole("every", every)
-        check_positive("step_size", step_size)
+        check_fast(precision, compile)
+        self.precision, self.compiled = precision, compile
+        if not isinstance(step_size, Tensor):
+            check_positive("step_size", step_size)
+        like = torch.empty((), device=next(generator.parameters()).device)
+        s = validated_step_size(step_size, (n_steps, 1, generator.latent_dim), like)
         if update_step_size is not None and not callable(update_step_size):
             raise ValueError(f"update_step_size={update_step_size!r} must be callable, such as a StepSizeSearch")
-        self.register_buffer("step_size", torch.tensor(float(step_size)))
+        self.register_buffer("step_size", s.detach().clone())
 
     def fit(
         self,
@@ -83,7 +93,8 @@ class ShortRun(NoisySystem):
         Returns the history, one number for each update: loss (the negative of Eq. 22's objective, per image), step_size,
         sigma, mse (per pixel, on [-1, 1]) and spread (how much the reconstructions vary over a batch, 1 = as the images); and
         one number for each update of s: chosen_step_size, chosen_at (updates made before), objective (Eq. 20 without
-        log p(x), the lowest of those tried) with objective_standard_error, and search_seconds.
+        log p(x), the lowest of those tried) with objective_standard_error, and search_seconds. Of several step sizes these are the
+        geometric means; the chosen ones are there one by one too, as chosen_step_size_0, ....
         Warns if the generator has collapsed to a constant image.
         """
         return self._learn(images, plan, given_or_fresh(rng), directory, progress)
@@ -118,29 +129,41 @@ class ShortRun(NoisySystem):
             residual = posterior.residual(inferred)
             loss = -posterior.log_joint(inferred, residual).mean()  # 4. update theta by Eq. (21)
             spread = (x - residual).detach().std(0).mean() / x.std(0).mean().clamp_min(torch.finfo(x.dtype).eps)
-            loop.update(loss, step_size=s, sigma=sigma, mse=residual.detach().square().mean(), spread=spread)
+            loop.update(loss, step_size=_mean(s), sigma=sigma, mse=residual.detach().square().mean(), spread=spread)
             if self.update_step_size is not None and (t + 1) % self.every == 0:  # 5. update s by Eq. (20)
                 self._choose_step_size(posterior, s, loop, rng)
         return _without_collapse(loop.finish())
 
     def infer(self, x: Tensor, mask: Tensor | None = None, rng: torch.Generator | None = None) -> Tensor:
         """Latents e_K [n, d] of one short run from noise, with the learned step size and the final sigma."""
-        return short_run(Posterior(self.generator, x, self.sigma, mask), self.n_steps, self.step_size, rng=rng).final
+        return self._chain(Posterior(self.generator, x, self.sigma, mask), self.step_size, rng=rng)
 
     def settings(self) -> dict[str, float]:
-        s = self.step_size.item()
+        s = _mean(self.step_size)
         return {"step_size": s, "noise_scale": noise_scale_from_step_size(s)}
+
+    def _chain(
+        self,
+        posterior: Posterior,
+        s: Tensor,
+        initial: Tensor | None = None,
+        rng: torch.Generator | None = None,
+        n_steps: int | None = None,
+    ) -> Tensor:
+        """e_K of this system's K steps, or of `n_steps`, computed in this system's way."""
+        fast = {"precision": self.precision, "compile": self.compiled}
+        return short_run(posterior, n_steps or self.n_steps, s, initial, rng=rng, **fast).final
 
     def _run(self, posterior: Posterior, s: Tensor, initial: Tensor, rng: torch.Generator, t: int) -> Tensor:
         """e_K of the chains, and a divergence in terms of the step size that was asked for: that at the final sigma."""
         try:
-            return short_run(posterior, self.n_steps, s, initial, rng=rng).final
+            return self._chain(posterior, s, initial, rng)
         except DivergenceError as error:
-            asked = float(self.step_size)
+            asked = float(self.step_size.max())
             if not error.step_size > 0:
                 raise DivergenceError(f"update {t}: {error}") from error
             raise DivergenceError(
-                f"update {t}: the chains diverged with step_size={asked:.3g} (which is s = {float(s):.3g} at sigma = "
+                f"update {t}: the chains diverged with step_size={asked:.3g} (which is s = {float(s.max()):.3g} at sigma = "
                 f"{posterior.sigma:.3g}, since s follows sigma^2); try step_size={asked / 10:.1g}",
                 asked,
             ) from error
@@ -148,18 +171,26 @@ class ShortRun(NoisySystem):
     def _choose_step_size(self, posterior: Posterior, s: Tensor, loop: TrainingLoop, rng: torch.Generator) -> None:
         started = time.perf_counter()
         result = self.update_step_size(posterior, s, self.n_steps, rng)
-        if result.step_size.numel() != 1:
+        if result.step_size.shape != self.step_size.shape:
             raise ValueError(
-                f"update_step_size chose a step size of shape {tuple(result.step_size.shape)}; the system keeps one number"
+                f"update_step_size chose a step size of shape {tuple(result.step_size.shape)}, the system was made with one of "
+                f"shape {tuple(self.step_size.shape)}; give it a step_size of the shape that is to be learned"
             )
-        self.step_size.copy_(result.step_size.squeeze() * (self.sigma / posterior.sigma) ** 2)
+        self.step_size.copy_(result.step_size * (self.sigma / posterior.sigma) ** 2)
+        several = result.step_size.flatten().tolist() if result.step_size.ndim else []
         loop.record(
             chosen_at=loop.t + 1,
-            chosen_step_size=result.step_size,
+            chosen_step_size=_mean(result.step_size),
+            **{f"chosen_step_size_{i}": s_i for i, s_i in enumerate(several)},
             objective=result.objective[result.best],
             objective_standard_error=result.standard_error[result.best],
             search_seconds=time.perf_counter() - started,
         )
+
+
+def _mean(s: Tensor) -> float:
+    """The geometric mean of one or several step sizes."""
+    return s.item() if s.numel() == 1 else s.log().mean().exp().item()
 
 
 def _without_collapse(history: History) -> History:

@@ -12,9 +12,11 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from .generators import Generator, check_positive, check_whole
 
@@ -125,6 +127,10 @@ class Posterior:
             score = self.pull(e, create_graph)[0] - e
         return score if create_graph else score.detach()
 
+    def differentiable_score(self, e: Tensor, chunk_size: int | None = None) -> Tensor:
+        """`score`, to be differentiated once: what that takes is computed again then, so that e alone is kept until there."""
+        return _Score.apply(e, self, chunk_size)
+
     def pull(self, e: Tensor, create_graph: bool = False) -> tuple[Tensor, Tensor]:
         """d/de log p(x | e) at e [n, d], which must require gradients: [n, d]; and the residual [n, C, H, W] it comes from."""
         image = self.generator(self.validated(e))
@@ -159,6 +165,22 @@ class Posterior:
         if e.dtype != self.x.dtype:
             raise ValueError(f"e has dtype {e.dtype}, the generator computes in {self.x.dtype}; convert it")
         return e
+
+
+class _Score(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, e: Tensor, posterior: Posterior, chunk_size: int | None) -> Tensor:
+        ctx.posterior, ctx.chunk_size = posterior, chunk_size
+        ctx.save_for_backward(e)
+        return posterior.score(e, chunk_size=chunk_size)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, v: Tensor) -> tuple[Tensor, None, None]:
+        (e,) = ctx.saved_tensors
+        size = ctx.chunk_size or len(e)
+        cuts = [slice(i, i + size) for i in range(0, len(e), size)]
+        return torch.cat([ctx.posterior[cut].hessian_product(e[cut], v[cut]) for cut in cuts]), None, None
 
 
 def _checked_mask(mask: Tensor, x: Tensor) -> Tensor:

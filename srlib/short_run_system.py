@@ -5,6 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
+import torch
+
+from .generators import check_positive
 from .learning import ShortRun
 from .step_size import StepSizeSearch
 
@@ -17,18 +20,25 @@ def builder(config: Config) -> Callable[[tuple[int, int, int]], ShortRun]:
     if config.options:
         raise ValueError(f"options={config.options}: the short run system has none, its entries stand by themselves")
     method = "grid" if config.step_size_search == "none" else config.step_size_search
-    search = StepSizeSearch(method, config.estimator, config.search_images)  # its entries are checked in any case
+    check_positive("step_size", config.step_size)
+    share = config.step_size_share
+    search = StepSizeSearch(method, config.estimator, config.search_images, share=share)  # checked in any case
+    if config.step_size_search == "none" and share != "all":
+        raise ValueError(f"step_size_share={share!r} is learned by step_size_search=descent, which is none")
 
     def build(image_shape: tuple[int, int, int]) -> ShortRun:
+        shape = {"all": (), "step": (config.n_steps, 1, 1), "layer": (sum(config.latent_dims),)}[share]
         return ShortRun(
             config.new_generator(image_shape),
             config.n_steps,
-            config.step_size,
+            config.step_size if share == "all" else torch.full(shape, config.step_size),
             config.sigma,
             config.sigma_start,
             config.anneal_fraction,
             None if config.step_size_search == "none" else search,
             config.every,
+            config.precision,
+            config.compile,
         )
 
     return build

@@ -277,6 +277,8 @@ class StepSizeSearch:
 
     method : "grid" tries `factors` times the current s and takes the best. "descent" takes one step of stochastic gradient
         descent on Eq. (20) in log s, which is neither accepted nor rejected.
+    share : what a descent moves. "all": one s. "step": s_0, ..., s_{K-1} with a constant ratio, by their geometric mean and their
+        ratio. "layer": one s for each layer.
     n_images : images of the batch that the objective is measured on, with one chain each; a smaller batch is gone through
         again.
     width : a slope is the central difference over log s +- width, under the same random numbers (Kiefer & Wolfowitz 1952).
@@ -293,10 +295,15 @@ class StepSizeSearch:
     factors: tuple[float, ...] = (0.7, 1.0, 1.4)
     width: float = 0.35
     learning_rate: float = 0.5
+    share: Literal["all", "step", "layer"] = "all"
 
     def __post_init__(self) -> None:
         if self.method not in ("grid", "descent"):
             raise ValueError(f"method={self.method!r} is unknown; there are: grid, descent")
+        if self.share not in ("all", "step", "layer"):
+            raise ValueError(f"share={self.share!r} is unknown; there are: all, step, layer")
+        if self.method == "grid" and self.share != "all":
+            raise ValueError(f"share={self.share!r} is searched by descent; a grid has one s for all")
         _checked_estimator(self.estimator)
         check_whole("n_images", self.n_images, 2)  # two give a standard error
         check_positive("width", self.width)
@@ -307,20 +314,33 @@ class StepSizeSearch:
             check_positive("factors", factor)
 
     def __call__(self, posterior: Posterior, step_size: Tensor, n_steps: int, rng: torch.Generator) -> StepSizeResult:
-        """The updated s for the posterior's sigma, from `step_size` (a number), with random numbers from `rng`.
+        """The updated s for the posterior's sigma, from `step_size` ([], [K, 1, 1] or [d], as `share` says), with random numbers
+        from `rng`.
 
-        The candidates of a descent are the two step sizes on either side of the current one that its slope comes from.
+        The candidates of a descent are the step sizes on either side of the current one that its slopes come from.
         """
         few = posterior[torch.arange(self.n_images) % len(posterior)]
-        current = float(step_size)
-        factors = self.factors if self.method == "grid" else (math.exp(-self.width), math.exp(self.width))
-        tried = grid_search_step_size(few, [current * f for f in factors], n_steps, self.estimator, rng=rng)
+        current = torch.as_tensor(step_size, dtype=torch.float64, device=posterior.x.device).detach()
         if self.method == "grid":
-            return tried
-        below, above = tried.values.nan_to_num(posinf=LARGEST)
+            return grid_search_step_size(few, [current * f for f in self.factors], n_steps, self.estimator, rng=rng)
+        directions = torch.stack(self._directions(posterior, n_steps))  # of log s
+        aside = [current * (sign * self.width * v).exp() for v in directions for sign in (-1, 1)]
+        tried = grid_search_step_size(few, aside, n_steps, self.estimator, rng=rng)
+        below, above = tried.values.nan_to_num(posinf=LARGEST).unflatten(0, (-1, 2)).unbind(1)
         slopes = (above - below) / (2 * self.width)
-        direction = slopes.mean() / slopes.square().mean().sqrt().clamp_min(torch.finfo(slopes.dtype).tiny)
-        return replace(tried, step_size=current * (-self.learning_rate * direction).exp())
+        lengths = slopes.mean(1) / slopes.square().mean(1).sqrt().clamp_min(torch.finfo(slopes.dtype).tiny)
+        step = torch.tensordot(lengths, directions, 1)
+        return replace(tried, step_size=current * (-self.learning_rate * step).exp())
+
+    def _directions(self, posterior: Posterior, n_steps: int) -> list[Tensor]:
+        """What a descent can move log s along: level and tilt of the steps, or each layer."""
+        like = {"dtype": torch.float64, "device": posterior.x.device}
+        if self.share == "all":
+            return [torch.ones((), **like)]
+        if self.share == "step":
+            return [torch.ones(n_steps, 1, 1, **like), torch.linspace(1, -1, n_steps, **like)[:, None, None]]
+        layers = torch.eye(len(posterior.generator.latent_dims), **like)
+        return [_expanded(layer, posterior, "layer") for layer in layers]
 
 
 def _stacked(candidates: Sequence[float | Tensor], device: torch.device) -> Tensor:

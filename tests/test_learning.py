@@ -244,7 +244,9 @@ def test_a_search_that_would_never_be_done_or_gives_a_schedule_is_refused(new_sy
 
     with pytest.raises(ValueError, match="every=9: s would never be updated in n_updates=2"):
         fit(new_system(update_step_size=schedule, every=9), images, 2)
-    with pytest.raises(ValueError, match=r"step size of shape \(\d+, 1, 1\); the system keeps one number"):
+    with pytest.raises(
+        ValueError, match=r"step size of shape \(\d+, 1, 1\), the system was made with one of shape \(\)"
+    ):
         fit(new_system(update_step_size=schedule, every=1), images, 2)
 
 

@@ -490,6 +490,8 @@ def test_the_callers_generator_and_torchs_random_state_are_left_alone(linear_pos
         (lambda p: step_size.moment_matched(24, 3, 0), "latent_dim=0 must be a whole number"),
         (lambda p: srlib.StepSizeSearch("newton"), "method='newton' is unknown"),
         (lambda p: srlib.StepSizeSearch(estimator="x"), "estimator='x' is unknown"),
+        (lambda p: srlib.StepSizeSearch("descent", share="example"), "share='example' is unknown"),
+        (lambda p: srlib.StepSizeSearch("grid", share="step"), "share='step' is searched by descent"),
         (lambda p: srlib.StepSizeSearch(n_images=1), "n_images=1"),
         (lambda p: srlib.StepSizeSearch(width=0.0), "width=0.0"),
         (lambda p: srlib.StepSizeSearch(learning_rate=-1.0), "learning_rate=-1.0"),
@@ -565,6 +567,57 @@ def test_descent_goes_down_where_the_larger_step_size_diverges(linear_posterior)
     found = search(posterior, torch.tensor(s), 50, seeded())
     assert found.objective[1].isinf() and found.objective[0].isfinite()
     assert found.step_size.item() == pytest.approx(s * math.exp(-0.5), rel=1e-6)
+
+
+def test_repeated_descents_find_a_schedule_that_beats_the_best_constant():
+    """Of all schedules with a constant ratio the best is found by brute force, from the exact KL."""
+    single, n_steps = random_model(2, False, seed=0), 4
+    exact = srlib.ClosedForm(single)
+    constant, lowest = best_constant(exact, n_steps)
+    factors = [2.0 ** (i / 4) for i in range(-8, 9)]
+    schedules = [srlib.geometric_step_sizes(constant * a, constant * b, n_steps) for a in factors for b in factors]
+    best = min(exact.short_run_kl(s, n_steps).item() for s in schedules)
+    assert best < 0.9 * lowest
+    search = srlib.StepSizeSearch("descent", n_images=256, share="step", learning_rate=0.3)
+    s, path = torch.full((n_steps, 1, 1), constant, dtype=torch.float64), []
+    for i in range(24):
+        s = search(single, s, n_steps, seeded(i)).step_size
+        path.append(exact.short_run_kl(s, n_steps).item())
+    ratios = s.flatten()[1:] / s.flatten()[:-1]
+    torch.testing.assert_close(ratios, ratios[:1].expand_as(ratios))
+    assert sum(path[-8:]) / 8 < best + 0.35 * (lowest - best)
+
+
+def test_repeated_descents_find_a_step_size_for_each_layer():
+    weight = torch.diag(torch.tensor([10.0, 10.0, 2.0, 2.0, 2.0], dtype=torch.float64))
+    g = TwoLayers(weight, torch.zeros(5, dtype=torch.float64))
+    single = srlib.Posterior(g, torch.ones(1, 5, 1, 1, dtype=torch.float64), 1.0)
+    exact, n_steps = srlib.ClosedForm(single), 6
+    constant, lowest = best_constant(exact, n_steps)
+    search = srlib.StepSizeSearch("descent", n_images=128, share="layer")
+    s = torch.full((5,), constant, dtype=torch.float64)
+    for i in range(12):
+        s = search(single, s, n_steps, seeded(i)).step_size
+    top, bottom = s.split((2, 3))
+    assert (top == top[0]).all() and (bottom == bottom[0]).all() and bottom[0] > 2 * top[0]
+    assert exact.short_run_kl(s, n_steps).item() < 0.85 * lowest
+
+
+@pytest.mark.parametrize("share, shape", [("step", (3, 1, 1)), ("layer", (3,))])
+def test_training_learns_a_schedule(images, share, shape):
+    search = srlib.StepSizeSearch("descent", n_images=4, share=share)
+    g = srlib.TopDownGenerator((1, 2), (1, 16, 16), channels=2, feature_size=8)
+    system = srlib.ShortRun(g, 3, torch.full(shape, 1e-4), update_step_size=search, every=2)
+    history = system.fit(images, srlib.TrainingPlan(4, 4, (1e-3,)), seeded(), progress=False)
+    assert system.step_size.shape == shape and len(set(system.step_size.flatten().tolist())) > 1
+    chosen = [history[f"chosen_step_size_{i}"][-1] for i in range(3)]
+    assert chosen == pytest.approx(system.step_size.flatten().tolist(), rel=1e-5)
+    mean = math.exp(sum(math.log(s) for s in chosen) / 3)
+    assert (
+        history["chosen_step_size"][-1]
+        == pytest.approx(mean)
+        == pytest.approx(system.settings()["step_size"], rel=1e-5)
+    )
 
 
 @pytest.mark.parametrize("search", SEARCHES, ids=["grid", "descent"])

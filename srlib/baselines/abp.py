@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from ..generators import Generator, check_whole, given_or_fresh
-from ..langevin import short_run
+from ..inner_loop import Precision
 from ..learning import ShortRun
 from ..posterior import Posterior
 from ..training import History, TrainingPlan
@@ -55,8 +55,12 @@ class ABP(ShortRun):
         sigma_start: float | None = None,
         anneal_fraction: float = 0.5,
         test_steps: int | None = None,
+        precision: Precision = "full",
+        compile: bool = False,
     ) -> None:
-        super().__init__(generator, n_steps, step_size, sigma, sigma_start, anneal_fraction)
+        super().__init__(
+            generator, n_steps, step_size, sigma, sigma_start, anneal_fraction, precision=precision, compile=compile
+        )
         self.test_steps = n_steps if test_steps is None else test_steps
         check_whole("test_steps", self.test_steps)
 
@@ -79,7 +83,7 @@ class ABP(ShortRun):
     def infer(self, x: Tensor, mask: Tensor | None = None, rng: torch.Generator | None = None) -> Tensor:
         """Latents [n, d] after `test_steps` steps from the prior: a cold start, for training images too."""
         posterior = Posterior(self.generator, x, self.sigma, mask)
-        return short_run(posterior, self.test_steps, self.step_size, rng=rng).final
+        return self._chain(posterior, self.step_size, rng=rng, n_steps=self.test_steps)
 
 
 def builder(config: Config) -> Callable[[tuple[int, int, int]], ABP]:
@@ -104,6 +108,8 @@ def builder(config: Config) -> Callable[[tuple[int, int, int]], ABP]:
             config.sigma,
             config.sigma_start,
             config.anneal_fraction,
+            precision=config.precision,
+            compile=config.compile,
             **options,
         )
 

@@ -1,0 +1,193 @@
+"""The fast forms of the inner loop against the generator they stand for."""
+
+from __future__ import annotations
+
+import logging
+
+import pytest
+import torch
+from torch import nn
+
+import srlib
+from srlib import inner_loop
+from srlib.inner_loop import FourierConvolution, accelerated
+
+GENERATORS = {
+    "top down": lambda: srlib.TopDownGenerator((3, 5), (1, 10, 10), channels=4, feature_size=5),
+    "top down, colour, wide": lambda: srlib.TopDownGenerator((3, 5), (3, 16, 16), channels=32, feature_size=8),
+    "three doublings": lambda: srlib.TopDownGenerator((4,), (12, 40, 40), channels=4, feature_size=5),
+    "ladder": lambda: srlib.LadderGenerator((3, 5), (1, 10, 10), channels=4, feature_size=5),
+    "linear": lambda: srlib.LinearGenerator(torch.randn(9, 3), torch.randn(9)),
+}
+
+
+def posterior_of(generator: srlib.generators.Generator, n: int = 4, masked: bool = False) -> srlib.Posterior:
+    x = generator(generator.sample_prior(n)).detach()
+    mask = (torch.rand_like(x) > 0.3) if masked else None
+    return srlib.Posterior(generator, x, 0.15, mask)
+
+
+def relative(a: torch.Tensor, b: torch.Tensor) -> float:
+    return ((a - b).abs().max() / b.abs().max()).item()
+
+
+@pytest.fixture(autouse=True)
+def seed() -> None:
+    torch.manual_seed(0)
+
+
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.float64, 1e-12)])
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("name", GENERATORS)
+@pytest.mark.parametrize("worth", [1e-9, inner_loop.WORTH, 1e9])
+def test_the_accelerated_posterior_has_the_same_scores(name, dtype, tolerance, masked, worth, monkeypatch):
+    monkeypatch.setattr(inner_loop, "WORTH", worth)
+    posterior = posterior_of(GENERATORS[name]().to(dtype), masked=masked)
+    fast, e = accelerated(posterior), posterior.generator.sample_prior(4)
+    assert relative(fast.generator(e), posterior.generator(e)) < tolerance
+    assert relative(fast.score(e), posterior.score(e)) < tolerance
+    assert relative(fast.score(e, chunk_size=3), posterior.score(e)) < tolerance
+
+
+@pytest.mark.parametrize("side", [5, 6, 9, 16])
+@pytest.mark.parametrize("k, padding", [(1, 0), (3, 1), (5, 2), (5, 0), (4, 3), (3, 0)])
+def test_a_fourier_convolution_is_the_convolution(side, k, padding):
+    conv = nn.Conv2d(3, 4, k, padding=padding).double()
+    x = torch.randn(2, 3, side, side, dtype=torch.float64, requires_grad=True)
+    expected, found = conv(x), FourierConvolution(conv, side)(x)
+    assert relative(found, expected) < 1e-12
+    v = torch.randn_like(expected)
+    assert relative(torch.autograd.grad(found, x, v)[0], torch.autograd.grad(expected, x, v)[0]) < 1e-12
+
+
+def test_frequencies_are_used_where_they_save_and_only_there():
+    wide = accelerated(posterior_of(srlib.TopDownGenerator((4, 4), (3, 32, 32), channels=64))).generator
+    narrow = accelerated(posterior_of(GENERATORS["top down"]())).generator
+    kinds = [{type(module) for module in g.modules()} for g in (wide, narrow)]
+    assert FourierConvolution in kinds[0] and nn.Conv2d in kinds[0] and FourierConvolution not in kinds[1]
+
+
+def test_convolutions_that_are_not_plain_stay_as_they_are():
+    """Groups, dilation, circular padding, hooks, weights without bias, two sizes of input: nothing is taken for what it is not."""
+
+    class Odd(srlib.generators.Generator):
+        def __init__(self) -> None:
+            super().__init__((6,), (2, 4, 4))
+            self.parts = nn.Sequential(
+                nn.ConvTranspose2d(6, 4, 4, stride=2, padding=1, output_padding=1),
+                nn.Conv2d(4, 4, 3, padding=1, groups=2),
+                nn.Conv2d(4, 4, 3, padding=2, dilation=2),
+                nn.Conv2d(4, 4, 3, padding=1, padding_mode="circular"),
+                nn.Conv2d(4, 4, (1, 3), padding=(0, 1)),
+                nn.Conv2d(4, 4, 3, padding="same"),
+                nn.Conv2d(4, 4, 3, padding=1, bias=False),
+                nn.utils.parametrizations.weight_norm(nn.Conv2d(4, 4, 3, padding=1)),
+                nn.ConvTranspose2d(4, 4, 3, padding=1, groups=2),
+            )
+            self.twice = nn.Conv2d(4, 4, 3, padding=1)
+            self.last = nn.Conv2d(4, 2, 2, stride=1)
+
+        def forward(self, e: torch.Tensor) -> torch.Tensor:
+            h = self.parts(e[:, :, None, None])
+            h = self.twice(nn.functional.interpolate(self.twice(h), size=5))
+            return self.last(h)
+
+    posterior = posterior_of(Odd())
+    e = posterior.generator.sample_prior(4)
+    assert relative(accelerated(posterior).score(e), posterior.score(e)) < 1e-5
+
+
+def test_the_copy_takes_the_weights_of_the_moment_and_leaves_the_original_alone():
+    generator = GENERATORS["top down"]()
+    posterior = posterior_of(generator)
+    e, before = generator.sample_prior(4), {name: p.clone() for name, p in generator.named_parameters()}
+    accelerated(posterior).score(e)
+    assert all(p.requires_grad and p.grad is None and p.equal(before[name]) for name, p in generator.named_parameters())
+    with torch.no_grad():
+        for p in generator.parameters():
+            p.mul_(1.1)
+    assert relative(accelerated(posterior).score(e), posterior.score(e)) < 1e-5
+
+
+def test_bfloat16_keeps_two_digits():
+    posterior = posterior_of(GENERATORS["top down, colour, wide"]())
+    e = posterior.generator.sample_prior(4)
+    found = accelerated(posterior, precision="bfloat16").score(e)
+    assert found.dtype == torch.float32
+    assert 1e-4 < relative(found, posterior.score(e)) < 0.05
+
+
+def test_chains_are_the_same_and_reproducible():
+    posterior = posterior_of(GENERATORS["top down, colour, wide"]())
+
+    def chain(seed: int = 1, **given) -> torch.Tensor:
+        return srlib.short_run(posterior, 5, 1e-4, rng=torch.Generator().manual_seed(seed), **given).final
+
+    start = posterior.generator.sample_prior(4, torch.Generator().manual_seed(1)).requires_grad_()
+    slow = srlib.short_run(posterior, 5, 1e-4, start, chain_noise(posterior, 5)).final
+    assert chain().equal(chain())
+    assert relative(chain(), slow) < 1e-5
+    assert relative(chain(precision="bfloat16"), slow) < 0.05
+
+
+def chain_noise(posterior: srlib.Posterior, n_steps: int) -> torch.Tensor:
+    """What `short_run` draws after e_0 from a generator with seed 1."""
+    rng = torch.Generator().manual_seed(1)
+    posterior.generator.sample_prior(4, rng)
+    return torch.stack([torch.randn(4, posterior.generator.latent_dim, generator=rng) for _ in range(n_steps)])
+
+
+def test_a_derivative_in_the_step_size_is_that_of_the_whole_graph():
+    """`short_run` keeps only the states of a chain whose step size is differentiated; with a start that is, all of it."""
+    posterior = posterior_of(GENERATORS["top down"]().double())
+    initial = posterior.generator.sample_prior(4)
+    noise = torch.randn(6, *initial.shape, dtype=torch.float64)
+    found = []
+    for start in (initial, initial.clone().requires_grad_()):
+        for chunk_size in (None, 3):
+            s = torch.full((6, 1, 1), 1e-4, dtype=torch.float64, requires_grad=True)
+            final = srlib.short_run(posterior, 6, s, start, noise, chunk_size=chunk_size).final
+            found.append(torch.autograd.grad(final.sin().sum(), s)[0])
+    for other in found[:-1]:
+        assert relative(other, found[-1]) < 1e-10
+
+
+def test_what_cannot_be_compiled_runs_as_it_is_and_says_so(monkeypatch, caplog):
+    def without_compiler(*_: object, **__: object) -> None:
+        raise RuntimeError("no compiler here")
+
+    posterior = posterior_of(GENERATORS["top down"]())
+    e = posterior.generator.sample_prior(4)
+    monkeypatch.setattr(torch, "compile", lambda *_, **__: without_compiler)
+    with caplog.at_level(logging.WARNING):
+        fast = accelerated(posterior, compile=True)
+    assert "no compiler here" in caplog.text
+    assert relative(fast.score(e), posterior.score(e)) < 1e-5
+
+
+@pytest.mark.parametrize("given, named", [({"precision": "half"}, "half"), ({"compile": 1}, "compile=1")])
+def test_what_is_not_known_is_refused(given, named):
+    posterior = posterior_of(GENERATORS["linear"]())
+    with pytest.raises(ValueError, match=named):
+        srlib.short_run(posterior, 2, 1e-3, **given)
+    with pytest.raises(ValueError, match=named):
+        srlib.ShortRun(posterior.generator, 2, 1e-3, **given)
+
+
+@pytest.mark.parametrize("given", [{"precision": "bfloat16"}, {"compile": True}])
+def test_a_chain_that_is_differentiated_is_not_computed_fast(given):
+    posterior = posterior_of(GENERATORS["linear"]())
+    with pytest.raises(ValueError, match="no_grad"):
+        srlib.short_run(posterior, 2, torch.tensor(1e-3, requires_grad=True), **given)
+    with torch.no_grad():
+        srlib.short_run(posterior, 2, torch.tensor(1e-3, requires_grad=True), **({} if "compile" in given else given))
+
+
+@pytest.mark.cuda
+def test_on_a_gpu_a_graph_is_replayed():
+    posterior = posterior_of(GENERATORS["top down"]().cuda())
+    fast = accelerated(posterior)
+    for _ in range(5):
+        e = posterior.generator.sample_prior(4)
+        assert relative(fast.score(e), posterior.score(e)) < 1e-4
+    assert fast._graph is not None
