@@ -48,6 +48,17 @@ def fit(system, images, n_updates=12, directory=None, seed=0, **plan):
     return system.fit(images, plan, torch.Generator().manual_seed(seed), directory, progress=False)
 
 
+def test_training_starts_from_images_of_the_mean_colour(new_system, images):
+    """Else the first updates drive the tanh of mostly black images into saturation, before the codes tell them apart."""
+    black = torch.cat([images, torch.zeros(48, 1, 16, 16, dtype=torch.uint8)])
+    system = new_system()
+    grey = system.sample(200).mean().item()
+    fit(system, black, 1, learning_rates=(1e-9,))
+    mean = srlib.to_unit_range(black).mean().item()
+    assert mean < -0.9 and abs(grey) < 0.2
+    assert system.sample(200).mean().item() == pytest.approx(mean, abs=0.1)
+
+
 def latents(directory):
     return checkpoints.load(resume_file(directory))[0]["own.latents"]
 
@@ -117,7 +128,9 @@ def test_a_code_goes_down_its_gradient_and_back_into_the_ball(new_system, images
     fit(start, images, 1, tmp_path / "start")
     before = latents(tmp_path / "start")
     order = torch.randperm(16, generator=after_pca())[:6]
-    generator = new_system().double().generator
+    fresh = new_system().double()
+    fit(fresh, images, 1, learning_rates=(1e-12,))  # its last bias starts at the mean colour
+    generator = fresh.generator
     x = start.as_input(images[order])
 
     def loss(z):

@@ -8,9 +8,11 @@ images are decoded from it. Test images have no code, and get one by minimising 
 
 What is not in that paper follows the re-implementation that the paper used (its section 7.3 and footnote 4): the codes
 start as PCA scores of their images, each then projected onto the ball, and descend with a rate of 10 on a loss that is the
-mean over pixels and batch. Two things are ours. Theta is updated as in all systems here, by Adam; there by SGD. And
-Table 4's generator, whose first weights are made for inputs of unit variance, is given sqrt(d) z; theirs begins with
-batch normalisation, to which the scale of z is all the same.
+mean over pixels and batch. Three things are ours. Theta is updated as in all systems here, by Adam; there by SGD. Table 4's
+generator, whose first weights are made for inputs of unit variance, is given sqrt(d) z, and its last bias starts where images
+have their mean colour. Their generator has batch normalisation throughout, to which the scale of z is all the same, and
+which keeps its tanh from saturating: without it, the first updates push all pixels towards those of the mostly black digits,
+and before the codes tell them apart the tanh is flat and nothing is learned any more.
 """
 
 from __future__ import annotations
@@ -34,6 +36,8 @@ if TYPE_CHECKING:
 
 # Images whose PCA scores are computed at once.
 PCA_BATCH = 1000
+# As far out as a mean colour may put a pixel: tanh still has a tenth of its slope there.
+UNSATURATED = 0.95
 # The paper's n_pca (section 7.3) and the default of the code it used: the number of images that the PCA is fitted on. It is twice
 # the number of pixel values of a 64x64 colour image, as that code was written for, though Table 2 is about 32x32 ones.
 N_PCA = 64 * 64 * 3 * 2
@@ -95,6 +99,7 @@ class GLO(System):
         """
         rng = given_or_fresh(rng)
         latents = self._pca_latents(images, rng)
+        self._start_at_the_mean(images)
         n, d = latents.shape
         loop = TrainingLoop(self, images, plan, rng, directory, progress=progress, own={"latents": latents})
         for _, x, index in loop:
@@ -153,6 +158,14 @@ class GLO(System):
                     e.copy_(projected(e))
         with torch.no_grad():
             return e.detach(), posterior.residual(e).square().flatten(1).sum(1)
+
+    def _start_at_the_mean(self, images: Tensor) -> None:
+        """Of a generator that ends in tanh(o_0(.)), the last bias such that a constant image has the mean colour."""
+        if not hasattr(self.generator, "output"):
+            return
+        total = sum(self.as_input(batch).mean((2, 3)).sum(0) for batch in images.split(PCA_BATCH))
+        with torch.no_grad():
+            self.generator.output[-1].bias.copy_((total / len(images)).clamp(-UNSATURATED, UNSATURATED).atanh())
 
     def _pca_latents(self, images: Tensor, rng: torch.Generator) -> Tensor:
         """The PCA scores of all training images, each projected onto the unit ball, times sqrt(d): [n, d]."""
