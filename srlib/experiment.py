@@ -29,6 +29,7 @@ from .evaluation.reconstruction import inference_seconds
 from .evaluation.scores import EvaluationSplit, evaluate
 from .generators import Generator, LadderGenerator, TopDownGenerator, check_whole
 from .inner_loop import Precision
+from .step_size import SearchShare
 from .system import System
 from .training import TrainingPlan, resume_file, snapshot_file, stream, training_seconds
 
@@ -96,7 +97,7 @@ class Config:
     estimator: str = "linear_noise"
     every: int = 50
     search_images: int = 4
-    step_size_share: Literal["all", "step", "layer"] = "all"
+    step_size_share: SearchShare = "all"
     precision: Precision = "full"
     compile: bool = False
     snapshots: tuple[int, ...] = ()

@@ -27,7 +27,8 @@ def builder(config: Config) -> Callable[[tuple[int, int, int]], ShortRun]:
         raise ValueError(f"step_size_share={share!r} is learned by step_size_search=descent, which is none")
 
     def build(image_shape: tuple[int, int, int]) -> ShortRun:
-        shape = {"all": (), "step": (config.n_steps, 1, 1), "layer": (sum(config.latent_dims),)}[share]
+        n_steps, d = config.n_steps, sum(config.latent_dims)
+        shape = {"all": (), "step": (n_steps, 1, 1), "layer": (d,), "step_and_layer": (n_steps, 1, d)}[share]
         return ShortRun(
             config.new_generator(image_shape),
             config.n_steps,

@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
@@ -24,6 +24,7 @@ from .langevin import DivergenceError, short_run
 from .posterior import Posterior, frozen
 
 Share = Literal["all", "step", "layer", "example"]
+SearchShare = Literal["all", "step", "layer", "step_and_layer"]
 # A chain's part in a gradient is at most this many times that of the median chain: far beyond what Gaussian tails make.
 CLIP = 100.0
 # Adam forgets soon: far from the optimum gradients are orders of magnitude larger than near it, and remembering them would
@@ -278,7 +279,7 @@ class StepSizeSearch:
     method : "grid" tries `factors` times the current s and takes the best. "descent" takes one step of stochastic gradient
         descent on Eq. (20) in log s, which is neither accepted nor rejected.
     share : what a descent moves. "all": one s. "step": s_0, ..., s_{K-1} with a constant ratio, by their geometric mean and their
-        ratio. "layer": one s for each layer.
+        ratio. "layer": one s for each layer. "step_and_layer": one s for each layer, times steps with a constant ratio.
     n_images : images of the batch that the objective is measured on, with one chain each; a smaller batch is gone through
         again.
     width : a slope is the central difference over log s +- width, under the same random numbers (Kiefer & Wolfowitz 1952).
@@ -295,13 +296,13 @@ class StepSizeSearch:
     factors: tuple[float, ...] = (0.7, 1.0, 1.4)
     width: float = 0.35
     learning_rate: float = 0.5
-    share: Literal["all", "step", "layer"] = "all"
+    share: SearchShare = "all"
 
     def __post_init__(self) -> None:
         if self.method not in ("grid", "descent"):
             raise ValueError(f"method={self.method!r} is unknown; there are: grid, descent")
-        if self.share not in ("all", "step", "layer"):
-            raise ValueError(f"share={self.share!r} is unknown; there are: all, step, layer")
+        if self.share not in get_args(SearchShare):
+            raise ValueError(f"share={self.share!r} is unknown; there are: {', '.join(get_args(SearchShare))}")
         if self.method == "grid" and self.share != "all":
             raise ValueError(f"share={self.share!r} is searched by descent; a grid has one s for all")
         _checked_estimator(self.estimator)
@@ -314,7 +315,7 @@ class StepSizeSearch:
             check_positive("factors", factor)
 
     def __call__(self, posterior: Posterior, step_size: Tensor, n_steps: int, rng: torch.Generator) -> StepSizeResult:
-        """The updated s for the posterior's sigma, from `step_size` ([], [K, 1, 1] or [d], as `share` says), with random numbers
+        """The updated s for the posterior's sigma, from `step_size` ([], [K, 1, 1], [d] or [K, 1, d], as `share` says), with random numbers
         from `rng`.
 
         The candidates of a descent are the step sizes on either side of the current one that its slopes come from.
@@ -337,10 +338,15 @@ class StepSizeSearch:
         like = {"dtype": torch.float64, "device": posterior.x.device}
         if self.share == "all":
             return [torch.ones((), **like)]
+        tilt = torch.linspace(1, -1, n_steps, **like)[:, None, None]
         if self.share == "step":
-            return [torch.ones(n_steps, 1, 1, **like), torch.linspace(1, -1, n_steps, **like)[:, None, None]]
-        layers = torch.eye(len(posterior.generator.latent_dims), **like)
-        return [_expanded(layer, posterior, "layer") for layer in layers]
+            return [torch.ones_like(tilt), tilt]
+        layers = [
+            _expanded(layer, posterior, "layer") for layer in torch.eye(len(posterior.generator.latent_dims), **like)
+        ]
+        if self.share == "layer":
+            return layers
+        return [layer.expand(n_steps, 1, -1) for layer in layers] + [tilt.expand(-1, -1, len(layers[0]))]
 
 
 def _stacked(candidates: Sequence[float | Tensor], device: torch.device) -> Tensor:

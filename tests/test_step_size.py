@@ -603,16 +603,16 @@ def test_repeated_descents_find_a_step_size_for_each_layer():
     assert exact.short_run_kl(s, n_steps).item() < 0.85 * lowest
 
 
-@pytest.mark.parametrize("share, shape", [("step", (3, 1, 1)), ("layer", (3,))])
+@pytest.mark.parametrize("share, shape", [("step", (3, 1, 1)), ("layer", (3,)), ("step_and_layer", (3, 1, 3))])
 def test_training_learns_a_schedule(images, share, shape):
     search = srlib.StepSizeSearch("descent", n_images=4, share=share)
     g = srlib.TopDownGenerator((1, 2), (1, 16, 16), channels=2, feature_size=8)
     system = srlib.ShortRun(g, 3, torch.full(shape, 1e-4), update_step_size=search, every=2)
     history = system.fit(images, srlib.TrainingPlan(4, 4, (1e-3,)), seeded(), progress=False)
     assert system.step_size.shape == shape and len(set(system.step_size.flatten().tolist())) > 1
-    chosen = [history[f"chosen_step_size_{i}"][-1] for i in range(3)]
+    chosen = [history[f"chosen_step_size_{i}"][-1] for i in range(system.step_size.numel())]
     assert chosen == pytest.approx(system.step_size.flatten().tolist(), rel=1e-5)
-    mean = math.exp(sum(math.log(s) for s in chosen) / 3)
+    mean = math.exp(sum(math.log(s) for s in chosen) / len(chosen))
     assert (
         history["chosen_step_size"][-1]
         == pytest.approx(mean)
