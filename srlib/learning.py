@@ -16,6 +16,7 @@ equation, in which the posterior stands in the place of q_s.
 
 from __future__ import annotations
 
+import math
 import time
 import warnings
 from collections.abc import Callable
@@ -24,6 +25,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from . import distributed
 from .generators import Generator, check_positive, check_whole, given_or_fresh
 from .langevin import DivergenceError, noise_scale_from_step_size, short_run
 from .posterior import Posterior
@@ -117,7 +119,8 @@ class ShortRun(NoisySystem):
                 chains[index] = inferred
             residual = posterior.residual(inferred)
             loss = -posterior.log_joint(inferred, residual).mean()  # 4. update theta by Eq. (21)
-            spread = (x - residual).detach().std(0).mean() / x.std(0).mean().clamp_min(torch.finfo(x.dtype).eps)
+            made, images_of_all = (distributed.gathered(part) for part in (x - residual.detach(), x))
+            spread = made.std(0).mean() / images_of_all.std(0).mean().clamp_min(torch.finfo(x.dtype).eps)
             loop.update(loss, step_size=s, sigma=sigma, mse=residual.detach().square().mean(), spread=spread)
             if self.update_step_size is not None and (t + 1) % self.every == 0:  # 5. update s by Eq. (20)
                 self._choose_step_size(posterior, s, loop, rng)
@@ -147,12 +150,18 @@ class ShortRun(NoisySystem):
 
     def _choose_step_size(self, posterior: Posterior, s: Tensor, loop: TrainingLoop, rng: torch.Generator) -> None:
         started = time.perf_counter()
-        result = self.update_step_size(posterior, s, self.n_steps, rng)
+        with distributed.whole(posterior.x) as x:
+            result = self.update_step_size(Posterior(self.generator, x, posterior.sigma), s, self.n_steps, rng)
         if result.step_size.numel() != 1:
             raise ValueError(
                 f"update_step_size chose a step size of shape {tuple(result.step_size.shape)}; the system keeps one number"
             )
+        if not 0 < result.step_size.item() < math.inf:
+            raise ValueError(
+                f"update_step_size chose s = {result.step_size.item()} after update {loop.t}; it must be positive"
+            )
         self.step_size.copy_(result.step_size.squeeze() * (self.sigma / posterior.sigma) ** 2)
+        distributed.agree([self.step_size])
         loop.record(
             chosen_at=loop.t + 1,
             chosen_step_size=result.step_size,
