@@ -4,6 +4,8 @@
 
 DIR then holds config.yaml, model.safetensors (the trained system), history.json, metrics.json (scores, configuration and
 provenance, sealed with a checksum) and, while training lasts, what is needed to go on after a kill.
+
+Started by torchrun, all its processes train and evaluate this one system together, see `distributed`.
 """
 
 from __future__ import annotations
@@ -23,7 +25,7 @@ from typing import Any, Literal, get_args
 import torch
 import yaml
 
-from . import checkpoints, provenance
+from . import checkpoints, distributed, provenance
 from .data import IMAGE_SHAPES, Dataset, DatasetUnavailable, checked_name, load
 from .evaluation.reconstruction import inference_seconds
 from .evaluation.scores import EvaluationSplit, evaluate
@@ -31,7 +33,7 @@ from .generators import Generator, LadderGenerator, TopDownGenerator, check_whol
 from .inner_loop import Precision
 from .step_size import SearchShare
 from .system import System
-from .training import TrainingPlan, resume_file, snapshot_file, stream, training_seconds
+from .training import History, TrainingPlan, resume_file, snapshot_file, stream, training_seconds
 
 Search = Literal["none", "grid", "descent"]
 N_AGGREGATE = 5000  # training images that the Gaussian of the inferred latents is fitted to
@@ -172,14 +174,19 @@ class Config:
             return self._module().builder(self)(image_shape)
 
     def torch_device(self) -> torch.device:
+        """Where to compute. Of several processes each has a GPU of its own, of those on its machine."""
+        if self.device in ("auto", "cuda") and torch.cuda.is_available():
+            return distributed.own_gpu()
         if self.device == "auto":
-            return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+            return torch.device("cpu")
         try:
             device = torch.device(self.device)
         except RuntimeError:
             raise ValueError(f"device={self.device!r} is unknown; there are: auto, cpu, cuda, cuda:1, ...") from None
         if device.type == "cuda" and not torch.cuda.is_available():
             raise ValueError(f"device={self.device!r}: torch sees no GPU on this machine; use auto or cpu")
+        if device.type == "cuda" and distributed.n_processes() > 1:
+            raise ValueError(f"device={self.device!r}: several processes would share one GPU; use auto, cuda or cpu")
         return device
 
     def _module(self) -> ModuleType:
@@ -196,38 +203,49 @@ def run(config: Config, output: Path | str, progress: bool = True) -> dict[str, 
     this machine.
     """
     output, started = Path(output), time.monotonic()
+    sources = modules(config.system)
+    hashes = {"source_hash": provenance.source_hash(sources), "training_hash": training_hash(config.system)}
     dataset = load(config.dataset)
-    _claim(output, config)
-    if training_stands(output, config):
-        system, training, _ = load_run(output, str(config.torch_device()))
+    distributed.from_first(lambda: _claim(output, config))
+    if distributed.from_first(lambda: training_stands(output, config)):
+        system, training, _ = distributed.from_first(lambda: load_run(output))
+        system.to(config.torch_device())
     else:
         system, training = _train(config, dataset, output, progress)
-    sources = modules(config.system)
     metrics = {
         "config": asdict(config),
         "scores": evaluate(system, dataset, config.evaluation_split, config.seed, config.n_samples),
         "data": {"name": dataset.name, "fingerprint": dataset.fingerprint, "n_train": len(dataset.train.images)},
-        **{name: training[name] for name in ("environment", "peak_memory", "files", "training_hash")},
+        **{name: training[name] for name in ("environment", "peak_memory", "files")},
         "seconds": training["seconds"] | {"last_sitting": time.monotonic() - started},
-        "source_hash": provenance.source_hash(sources),
+        **hashes,  # as they were at the start: files may be edited while a run lasts
         "modules": sources,
     }
-    checkpoints.write_json(output / "metrics.json", metrics)
-    resume_file(output).unlink(missing_ok=True)
-    return metrics
+
+    def write() -> dict[str, Any]:
+        checkpoints.write_json(output / "metrics.json", metrics)
+        resume_file(output).unlink(missing_ok=True)
+        return metrics
+
+    return distributed.from_first(write)
 
 
 def _train(config: Config, dataset: Dataset, output: Path, progress: bool) -> tuple[System, dict[str, Any]]:
     """The trained system, and what its metrics.json is to say of the training."""
-    (output / "metrics.json").unlink(missing_ok=True)
+    distributed.from_first(lambda: (output / "metrics.json").unlink(missing_ok=True))
     system = config.build(dataset.image_shape).to(config.torch_device())
     rng = torch.Generator().manual_seed(stream(config.seed, "training"))
     history = system.fit(dataset.train.images, config.plan(), rng, output, progress)
     system.fit_aggregate(dataset.train.images[:N_AGGREGATE], rng=rng)
+    return system, distributed.from_first(lambda: _kept(config, dataset, output, system, history))
+
+
+def _kept(config: Config, dataset: Dataset, output: Path, system: System, history: History) -> dict[str, Any]:
+    """Write history.json and model.safetensors; what metrics.json is to say of the training."""
     checkpoints.write_json(output / "history.json", {"history": dict(sorted(history.items()))})
     checkpoints.save(output / "model.safetensors", system.state_dict(), {"config": asdict(config)})
     kept = (output / "model.safetensors", *(snapshot_file(output, t) for t in config.snapshots))
-    training = {
+    return {
         "seconds": {
             "training": training_seconds(output),
             "step_size_search": sum(history.get("search_seconds", [])),
@@ -236,9 +254,7 @@ def _train(config: Config, dataset: Dataset, output: Path, progress: bool) -> tu
         "peak_memory": provenance.peak_memory(),
         "environment": provenance.environment(str(config.torch_device())),
         "files": {path.name: provenance.file_hash(path) for path in (output / "history.json", *kept)},
-        "training_hash": training_hash(config.system),
     }
-    return system, training
 
 
 def training_stands(directory: Path, config: Config) -> bool:
@@ -353,10 +369,12 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--output", type=Path, required=True, help="run directory to write")
     given = parser.parse_args(arguments)
     try:
-        metrics = run(Config.from_yaml(given.config), given.output)
+        with distributed.processes():
+            metrics = run(Config.from_yaml(given.config), given.output)
+            if distributed.is_first():
+                print(yaml.safe_dump(metrics["scores"], sort_keys=False), end="")
     except (ValueError, OSError, ArithmeticError, DatasetUnavailable) as error:
         parser.exit(2, f"{parser.prog}: {error}\n")
-    print(yaml.safe_dump(metrics["scores"], sort_keys=False), end="")
 
 
 if __name__ == "__main__":

@@ -10,11 +10,13 @@ latents): given e, the latents z_l and the image are deterministic, so Eqs. (9)-
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from . import distributed
 
 # 1 / sqrt(E gelu(u)^2) for u ~ N(0, 1): weights that are this much larger give signals back what GELU takes.
 GELU_GAIN = 1.5335
@@ -23,10 +25,20 @@ GELU_GAIN = 1.5335
 def randn_like(tensor: Tensor, rng: torch.Generator | None = None) -> Tensor:
     """Standard normal noise with the shape, dtype and device of `tensor`.
 
-    It is drawn where `rng` lives and then moved, so that one CPU generator gives the same bits on every device.
+    It is drawn where `rng` lives and then moved, so that one CPU generator gives the same bits on every device, and for the
+    whole of a batch that several processes share, so that its images meet the same numbers in any number of processes.
     """
-    device = tensor.device if rng is None else rng.device
-    return torch.randn(tensor.shape, generator=rng, device=device, dtype=tensor.dtype).to(tensor.device)
+    return _drawn_like(tensor, rng, torch.randn)
+
+
+def uniform_like(tensor: Tensor, rng: torch.Generator | None = None) -> Tensor:
+    """Uniform numbers on [0, 1) like `tensor`, drawn as `randn_like` draws."""
+    return _drawn_like(tensor, rng, torch.rand)
+
+
+def _drawn_like(tensor: Tensor, rng: torch.Generator | None, draw: Callable[..., Tensor]) -> Tensor:
+    given = dict(generator=rng, device=tensor.device if rng is None else rng.device, dtype=tensor.dtype)
+    return distributed.drawn(lambda shape: draw(shape, **given), tensor.shape).to(tensor.device)
 
 
 def given_or_fresh(rng: torch.Generator | None) -> torch.Generator:

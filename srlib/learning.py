@@ -16,6 +16,7 @@ equation, in which the posterior stands in the place of q_s.
 
 from __future__ import annotations
 
+import math
 import time
 import warnings
 from collections.abc import Callable
@@ -24,6 +25,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from . import distributed
 from .generators import Generator, check_positive, check_whole, given_or_fresh
 from .inner_loop import Precision, check_fast
 from .langevin import DivergenceError, noise_scale_from_step_size, short_run, validated_step_size
@@ -128,7 +130,8 @@ class ShortRun(NoisySystem):
                 chains[index] = inferred
             residual = posterior.residual(inferred)
             loss = -posterior.log_joint(inferred, residual).mean()  # 4. update theta by Eq. (21)
-            spread = (x - residual).detach().std(0).mean() / x.std(0).mean().clamp_min(torch.finfo(x.dtype).eps)
+            made, images_of_all = (distributed.gathered(part) for part in (x - residual.detach(), x))
+            spread = made.std(0).mean() / images_of_all.std(0).mean().clamp_min(torch.finfo(x.dtype).eps)
             loop.update(loss, step_size=_mean(s), sigma=sigma, mse=residual.detach().square().mean(), spread=spread)
             if self.update_step_size is not None and (t + 1) % self.every == 0:  # 5. update s by Eq. (20)
                 self._choose_step_size(posterior, s, loop, rng)
@@ -170,13 +173,19 @@ class ShortRun(NoisySystem):
 
     def _choose_step_size(self, posterior: Posterior, s: Tensor, loop: TrainingLoop, rng: torch.Generator) -> None:
         started = time.perf_counter()
-        result = self.update_step_size(posterior, s, self.n_steps, rng)
+        with distributed.whole(posterior.x) as x:
+            result = self.update_step_size(Posterior(self.generator, x, posterior.sigma), s, self.n_steps, rng)
         if result.step_size.shape != self.step_size.shape:
             raise ValueError(
                 f"update_step_size chose a step size of shape {tuple(result.step_size.shape)}, the system was made with one of "
                 f"shape {tuple(self.step_size.shape)}; give it a step_size of the shape that is to be learned"
             )
+        if not ((result.step_size > 0) & (result.step_size < math.inf)).all():
+            raise ValueError(
+                f"update_step_size chose s = {result.step_size.tolist()} after update {loop.t}; it must be positive"
+            )
         self.step_size.copy_(result.step_size * (self.sigma / posterior.sigma) ** 2)
+        distributed.agree([self.step_size])
         several = result.step_size.flatten().tolist() if result.step_size.ndim else []
         loop.record(
             chosen_at=loop.t + 1,

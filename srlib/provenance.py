@@ -35,7 +35,7 @@ def imported_modules(entries: Iterable[str]) -> list[str]:
         module = waiting.pop()
         if module not in reached:
             reached.add(module)
-            waiting += [found for name in _names(_tree(module), module) for found in _resolve(name)]
+            waiting += [found for name in _named(*_source(module), module) for found in _resolve(name)]
     return sorted(reached)
 
 
@@ -50,7 +50,7 @@ def source_hash(modules: Iterable[str]) -> str:
     """The sha256 of the modules' code in hexadecimal, blind to comments, docstrings and formatting."""
     digest = hashlib.sha256()
     for module in sorted(modules):
-        digest.update(repr((module, _canonical(_tree(module)))).encode())
+        digest.update(f"({module!r}, {_code(*_source(module))})".encode())
     return digest.hexdigest()
 
 
@@ -63,7 +63,7 @@ def environment(device: str = "cpu") -> dict[str, str | int]:
     """Versions, platform and hardware, to be kept with a result. `device` is the torch device that the work was done on."""
     import torch
 
-    from . import __version__
+    from . import __version__, distributed
 
     return {
         "python": platform.python_version(),
@@ -73,6 +73,7 @@ def environment(device: str = "cpu") -> dict[str, str | int]:
         "processor": _processor(),
         "cores": os.cpu_count() or 1,
         "threads": torch.get_num_threads(),
+        "processes": distributed.n_processes(),
         "device": torch.cuda.get_device_name(device) if torch.device(device).type == "cuda" else str(device),
     }
 
@@ -110,16 +111,26 @@ def _path(module: str) -> Path | None:
     return next((path for path in candidates if path.is_file()), None)
 
 
-def _tree(module: str) -> ast.Module:
+def _source(module: str) -> tuple[str, str]:
+    """The text of a module of the library and the name of its file."""
     path = _path(module)
     if path is None:
         raise ValueError(f"there is no module {module}")
-    return _parsed(path.read_text(encoding="utf-8"), str(path))
+    return path.read_text(encoding="utf-8"), str(path)
 
 
-@functools.cache  # a pipeline asks for the same modules again for each of its jobs
-def _parsed(text: str, filename: str) -> ast.Module:
-    return ast.parse(text, filename)
+# Kept, since a pipeline asks for the same modules again for each of its jobs.
+_parsed = functools.cache(ast.parse)
+
+
+@functools.cache
+def _code(text: str, filename: str) -> str:
+    return repr(_canonical(_parsed(text, filename)))
+
+
+@functools.cache
+def _named(text: str, filename: str, module: str) -> tuple[str, ...]:
+    return tuple(_names(_parsed(text, filename), module))
 
 
 def _resolve(name: str) -> set[str]:
@@ -156,7 +167,7 @@ def _exports(package: str) -> dict[str, str]:
     """Name -> full dotted name, for what the package's `__init__` imports from its own library."""
     return {
         alias.asname or alias.name: f"{base}.{alias.name}"
-        for node in _tree(package).body
+        for node in _parsed(*_source(package)).body
         if isinstance(node, ast.ImportFrom) and (base := _base(node, package)).split(".")[0] == PACKAGE
         for alias in node.names
     }

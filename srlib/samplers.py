@@ -18,7 +18,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .generators import check_whole, randn_like
+from .generators import check_whole, randn_like, uniform_like
 from .langevin import validated_step_size
 from .posterior import Posterior, frozen
 
@@ -165,9 +165,3 @@ def _choose(accepted: Tensor, proposal: State, state: State) -> State:
         torch.where(accepted, proposal.log_likelihood, state.log_likelihood),
         torch.where(row, proposal.pull, state.pull),
     )
-
-
-def uniform_like(tensor: Tensor, rng: torch.Generator | None = None) -> Tensor:
-    """Uniform numbers on [0, 1) like `tensor`, drawn where `rng` lives as in `randn_like`."""
-    device = tensor.device if rng is None else rng.device
-    return torch.rand(tensor.shape, generator=rng, device=device, dtype=tensor.dtype).to(tensor.device)

@@ -11,6 +11,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from . import distributed
 from .data import to_unit_range
 from .generators import Generator, check_positive, check_whole
 
@@ -80,10 +81,15 @@ class System(nn.Module):
         n, d = len(images), self.generator.latent_dim
         if n <= d:
             raise ValueError(f"{n} images cannot fix a covariance in {d} dimensions; give at least {d + 1}")
-        e = torch.cat([self.infer(self.as_input(batch), rng=rng) for batch in images.split(batch_size)])
-        covariance = e.double().T.cov()
+        e = distributed.mapped(lambda batch: self.infer(self.as_input(batch), rng=rng), images, batch_size)
+        scale, failed = torch.linalg.cholesky_ex(e.double().T.cov())
+        if failed:
+            raise FloatingPointError(
+                f"the covariance of the latents inferred from {n} images is singular or not a number: the generator does not use "
+                f"all of its latents; train longer, with a smaller learning rate, or with fewer than {d} latents"
+            )
         self.aggregate_mean.copy_(e.mean(0))
-        self.aggregate_scale.copy_(torch.linalg.cholesky(covariance))
+        self.aggregate_scale.copy_(scale)
         self.aggregate_count.fill_(n)
         return e
 

@@ -6,7 +6,8 @@
 
 Everything that training depends on (parameters and buffers of the system, Adam's moments, the order of the data, the
 random state, the history) is written to one file from time to time, and read back when the loop is made again with the
-same directory: a run that was killed ends with the same bits as one that was not.
+same directory: a run that was killed ends with the same bits as one that was not. Where torchrun started several processes,
+each batch is shared by them (`distributed`), and the first alone writes.
 """
 
 from __future__ import annotations
@@ -14,20 +15,22 @@ from __future__ import annotations
 import json
 import math
 import time
+import zlib
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, is_dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm import tqdm
 
-from . import checkpoints, provenance
+from . import checkpoints, distributed, provenance
 from .generators import check_whole
 from .system import System
 
 History = dict[str, list[float]]
+State = tuple[dict[str, Tensor], dict[str, Any]]  # tensors, and the rest: what a training goes on from
 
 # How much work a kill may cost.
 SECONDS_BETWEEN_SAVES = 60.0
@@ -96,7 +99,7 @@ def training_seconds(directory: Path | str) -> float:
 
 class Batch(NamedTuple):
     t: int  # number of the update, from 0
-    x: Tensor  # images [m, C, H, W] in [-1, 1]
+    x: Tensor  # images [m, C, H, W] in [-1, 1]; of several processes each has its share of them
     index: Tensor  # their places in the training set [m]
 
 
@@ -106,12 +109,14 @@ class TrainingLoop:
 
     system : what is trained; its parameters go to Adam, its state into the checkpoint.
     images : training images [n, C, H, W], uint8 or floats in [-1, 1].
-    rng : CPU generator for the order of the data; systems draw their noise from it too.
+    rng : CPU generator for the order of the data; systems draw their noise from it too, by `randn_like` and `uniform_like`.
     directory : where `training.safetensors` is kept while training lasts; None keeps nothing.
     progress : show a bar with loss, step size and images per second.
     optimizer_type : Adam, or Adamax.
-    own : tensors that belong to the training and not to the system, by name (chains or codes of the training images):
-        resuming brings them back in place.
+    own : tensors that belong to the training and not to the system, by name, with a row for each training image (chains,
+        codes), of which an update changes those of its batch. Resuming brings them back in place.
+
+    Raises ValueError for images that are none, and for batches that do not divide by the number of processes.
     """
 
     system: System
@@ -132,47 +137,58 @@ class TrainingLoop:
         self.optimizer = self.optimizer_type(
             self.system.parameters(), lr=self.plan.learning_rate(0), betas=self.plan.betas
         )
+        self.batch_size = min(self.plan.batch_size, len(self.images))
+        distributed.check_divisible(self.batch_size)
         self.order = torch.empty(0, dtype=torch.int64)
         self._begun = time.monotonic()
-        if self.directory is not None:
-            Path(self.directory).mkdir(parents=True, exist_ok=True)
-        if self.directory is not None and resume_file(self.directory).exists():
-            self._restore()
+        # now, since the files of the sources may be edited while a training lasts
+        self._identity = self._identified() if self._writes else {}
+        state = distributed.from_first(self._found)
+        if state is not None:
+            self._restore(*state)
 
     def __iter__(self) -> Iterator[Batch]:
         saved = time.monotonic()
-        n_updates, m = self.plan.n_updates, min(self.plan.batch_size, len(self.images))
-        with tqdm(total=n_updates, initial=self.t, disable=not self.progress, unit="update") as self._bar:
+        n_updates, m = self.plan.n_updates, self.batch_size
+        hidden = not (self.progress and distributed.is_first())
+        with tqdm(total=n_updates, initial=self.t, disable=hidden, unit="update") as self._bar:
             while self.t < n_updates:
                 if len(self.order) < m:  # a new epoch; what is left of the last one is less than a batch
                     self.order = torch.randperm(len(self.images), generator=self.rng)
                 index, self.order = self.order[:m], self.order[m:]
-                yield Batch(self.t, self.system.as_input(self.images[index]), index)
+                with distributed.sharing(m) as rows:
+                    share = index[rows]
+                    yield Batch(self.t, self.system.as_input(self.images[share]), share)
+                    if distributed.n_processes() > 1:
+                        for value in self.own.values():
+                            value[index] = distributed.gathered(value[share])
                 self.t += 1
-                if self.directory is not None and self.t in self.plan.snapshots:
+                if self._writes and self.t in self.plan.snapshots:
                     checkpoints.save(snapshot_file(self.directory, self.t), self.system.state_dict(), {"t": self.t})
-                if self.directory is not None and time.monotonic() - saved > SECONDS_BETWEEN_SAVES:
+                if self._writes and time.monotonic() - saved > SECONDS_BETWEEN_SAVES:
                     self._save()
                     saved = time.monotonic()
 
     def update(self, loss: Tensor, **monitored: float) -> None:
-        """One Adam step down `loss`; the loss and what is monitored go into the history."""
-        value = loss.item()
-        if not abs(value) < float("inf"):
-            raise FloatingPointError(
-                f"the loss is {value} at update {self.t}; try a smaller learning rate than "
-                f"{self.plan.learning_rate(self.t):.3g}, or a smaller step size"
-            )
+        """One Adam step down `loss`, a mean over the batch; it and what is monitored, means too, go into the history.
+
+        Raises FloatingPointError for a loss or a gradient that is not a number, before it gets into the parameters.
+        """
+        monitored = distributed.means({"loss": loss.detach(), **monitored})
+        self._check_finite("loss", monitored["loss"])
         for group in self.optimizer.param_groups:
             group["lr"] = self.plan.learning_rate(self.t)
         self.optimizer.zero_grad(set_to_none=True)
-        loss.backward()
+        (loss / distributed.n_processes()).backward()
+        distributed.sum_gradients(self.system.parameters())
+        gradients = [p.grad for p in self.system.parameters() if p.grad is not None]
+        self._check_finite("norm of the gradient", nn.utils.get_total_norm(gradients).item())
         self.optimizer.step()
-        self.record(loss=value, **monitored)
-        shown = {name: f"{v:.4g}" for name, v in [("loss", value), *monitored.items()]}
+        self.record(**monitored)
+        shown = {name: f"{v:.4g}" for name, v in monitored.items()}
         rate = self._bar.format_dict["rate"]
         if rate:
-            shown["images/s"] = f"{rate * min(self.plan.batch_size, len(self.images)):.0f}"
+            shown["images/s"] = f"{rate * self.batch_size:.0f}"
         self._bar.set_postfix(shown, refresh=False)
         self._bar.update()
 
@@ -183,44 +199,74 @@ class TrainingLoop:
 
     def finish(self) -> History:
         """The history. The end of the training is kept for resuming too: whoever keeps the result removes `resume_file`."""
-        if self.directory is not None:
+        if self._writes:
             self._save()
         return self.history
+
+    def _check_finite(self, name: str, value: float) -> None:
+        if not math.isfinite(value):
+            raise FloatingPointError(
+                f"the {name} is {value} at update {self.t}; try a smaller learning rate than "
+                f"{self.plan.learning_rate(self.t):.3g}, or a smaller step size"
+            )
+
+    @property
+    def _writes(self) -> bool:
+        return self.directory is not None and distributed.is_first()
 
     def _seconds(self) -> float:
         return self.seconds + time.monotonic() - self._begun
 
-    def _identity(self) -> dict[str, Any]:
-        """What must be the same for a training to go on: plan, system with its settings, number of images, sources."""
-        settings = {name: value for name, value in vars(self.system).items() if isinstance(value, (int, float, str))}
+    def _identified(self) -> dict[str, Any]:
+        """What must be the same for a training to go on: plan, system with its settings, images, sources."""
+        settings = {
+            name: repr(value)
+            for name, value in vars(self.system).items()
+            if isinstance(value, (int, float, str)) or is_dataclass(value)
+        }
         identity = {
             "plan": asdict(self.plan),
             "system": type(self.system).__name__,
-            "settings": settings | {"training": True},
+            "settings": settings | {"training": "always"},
             "shapes": {name: tuple(value.shape) for name, value in self.system.state_dict().items()},
-            "images": len(self.images),
+            "images": [*self.images.shape, zlib.crc32(self.images.cpu().contiguous().numpy())],
             "sources": provenance.source_hash(provenance.imported_modules([type(self.system).__module__])),
         }
         return json.loads(json.dumps(identity))
 
-    def _save(self) -> None:
+    def _found(self) -> State | None:
+        """What to begin with, as the first process sees it: what a killed training left; without that, what it has itself."""
+        if self.directory is not None:
+            Path(self.directory).mkdir(parents=True, exist_ok=True)
+            if resume_file(self.directory).exists():
+                return self._saved()
+        return self._state() if distributed.n_processes() > 1 else None
+
+    def _state(self) -> State:
         moments = self.optimizer.state_dict()["state"]
         tensors = {f"system.{name}": value for name, value in self.system.state_dict().items()}
         tensors |= {f"adam.{i}.{name}": value for i, state in moments.items() for name, value in state.items()}
         tensors |= {f"own.{name}": value for name, value in self.own.items()}
         tensors |= {"rng": self.rng.get_state(), "order": self.order}
         progress = {"t": self.t, "history": self.history, "seconds": self._seconds()}
-        checkpoints.save(resume_file(self.directory), tensors, {"identity": self._identity(), **progress})
+        return {name: value.detach().cpu() for name, value in tensors.items()}, progress
 
-    def _restore(self) -> None:
+    def _save(self) -> None:
+        tensors, progress = self._state()
+        checkpoints.save(resume_file(self.directory), tensors, {"identity": self._identity, **progress})
+
+    def _saved(self) -> State:
         tensors, saved = checkpoints.load(resume_file(self.directory))
-        then, now = saved.get("identity", {}), self._identity()
+        then, now = saved.get("identity", {}), self._identity
         different = [name for name in now if then.get(name) != now[name]]
         if different:
             raise checkpoints.CheckpointError(
                 f"{resume_file(self.directory)} belongs to another training, its {' and '.join(different)} differ; remove it "
                 "to start anew"
             )
+        return tensors, saved
+
+    def _restore(self, tensors: dict[str, Tensor], progress: dict[str, Any]) -> None:
         self.system.load_state_dict(
             {k.removeprefix("system."): v for k, v in tensors.items() if k.startswith("system.")}
         )
@@ -233,5 +279,5 @@ class TrainingLoop:
         for name, value in self.own.items():
             value.copy_(tensors[f"own.{name}"])
         self.rng.set_state(tensors["rng"])
-        self.order, self.t, self.history = tensors["order"], saved["t"], saved["history"]
-        self.seconds = saved["seconds"]
+        self.order, self.t, self.history = tensors["order"], progress["t"], progress["history"]
+        self.seconds = progress["seconds"]

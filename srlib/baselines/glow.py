@@ -27,7 +27,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..generators import Generator, check_whole, given_or_fresh
+from .. import distributed
+from ..generators import Generator, check_whole, given_or_fresh, uniform_like
 from ..system import Source, System
 from ..training import History, TrainingLoop, TrainingPlan
 from ._options import checked_options
@@ -286,7 +287,8 @@ class Glow(System):
         loop = TrainingLoop(self, images, plan, rng, directory, progress=progress, optimizer_type=optimizer)
         for _, x, _ in loop:
             if not self.initialised:
-                self.generator.initialise(dequantised(x, rng))
+                self.generator.initialise(distributed.gathered(dequantised(x, rng)))
+                distributed.agree(self.generator.parameters())
                 self.initialised.fill_(True)
             loop.update(self.bits_per_dimension(x, rng).mean())
         return loop.finish()
@@ -329,7 +331,7 @@ class Glow(System):
         check_whole("batch_size", batch_size)
         if len(images) < 2:
             raise ValueError(f"{len(images)} images cannot fix a variance; give at least 2")
-        e = torch.cat([self.infer(self.as_input(batch)) for batch in images.split(batch_size)])
+        e = distributed.mapped(lambda batch: self.infer(self.as_input(batch)), images, batch_size)
         self.aggregate_mean.copy_(e.mean(0))
         self.aggregate_scale.copy_(e.std(0))
         self.aggregate_count.fill_(len(images))
@@ -337,13 +339,8 @@ class Glow(System):
 
 
 def dequantised(x: Tensor, rng: torch.Generator | None = None) -> Tensor:
-    """8-bit images x, scaled to [-1, 1], plus noise that is uniform over the bin around each value.
-
-    The noise is drawn where `rng` lives, so that one CPU generator gives the same bits on every device.
-    """
-    device = x.device if rng is None else rng.device
-    noise = torch.rand(x.shape, generator=rng, device=device, dtype=x.dtype).to(x.device)
-    return x + BIN * (noise - 0.5)
+    """8-bit images x, scaled to [-1, 1], plus noise that is uniform over the bin around each value."""
+    return x + BIN * (uniform_like(x, rng) - 0.5)
 
 
 def _zero_conv(channels: int, out: int) -> nn.Conv2d:

@@ -29,7 +29,7 @@ from unittest import mock
 import torch
 from torch import Tensor, nn
 
-from .. import checkpoints
+from .. import checkpoints, distributed
 from ..data import to_uint8, to_unit_range
 from ..generators import check_whole
 
@@ -110,13 +110,13 @@ def features(
     if network_name == INCEPTION:
         if images.shape[1] not in (1, 3):
             raise ValueError(f"images have {images.shape[1]} channels; give 1 or 3")
-        network = _inception(inception_weights, inception_dim).to(device)
+        network = distributed.from_first(lambda: _inception(inception_weights, inception_dim)).to(device)
 
         def encode(batch: Tensor) -> Tensor:
             colour = batch.expand(-1, 3, -1, -1).float() / 255  # as torchvision's ToTensor reads a file
             return network(colour)[0].mean((2, 3))  # a layer before the last is averaged over positions, as there
     else:
-        network, metadata = _network(network_name)
+        network, metadata = distributed.from_first(lambda: _network(network_name))
         if list(images.shape[1:]) != metadata["image_shape"]:
             raise ValueError(
                 f"images have shape {tuple(images.shape[1:])}; the network {network_name!r} takes "
@@ -128,7 +128,7 @@ def features(
             return network(to_unit_range(batch))
 
     with torch.no_grad():
-        return torch.cat([encode(batch.to(device)).double().cpu() for batch in images.split(batch_size)])
+        return distributed.mapped(lambda batch: encode(batch.to(device)).double().cpu(), images, batch_size)
 
 
 def frechet_distance(real: Tensor, generated: Tensor) -> float:
@@ -231,6 +231,21 @@ def evaluate_samples(
     network_name = _network_name(name)
     given = dict(inception_weights=inception_weights, inception_dim=inception_dim, device=device)
     x, y = _checked(features(name, real, **given), features(name, generated, **given))
+    return distributed.from_first(
+        lambda: _distances(network_name, x, y, rng, n_bootstrap, inception_weights, inception_dim), rng
+    )
+
+
+def _distances(
+    network_name: str,
+    x: Tensor,
+    y: Tensor,
+    rng: torch.Generator,
+    n_bootstrap: int,
+    inception_weights: Path | str | None,
+    inception_dim: int,
+) -> dict[str, Any]:
+    """What `evaluate_samples` returns, from the features of real images x and generated ones y."""
     if network_name == INCEPTION:
         fd = "fid" if inception_dim == 2048 else f"fid_{inception_dim}"
         weights = _inception_file(inception_weights)

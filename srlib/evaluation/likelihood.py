@@ -20,9 +20,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..generators import Generator, check_whole, randn_like
+from ..generators import Generator, check_whole, randn_like, uniform_like
 from ..posterior import Posterior
-from ..samplers import State, evaluate, hmc_step, uniform_like
+from ..samplers import State, evaluate, hmc_step
 
 # Pilot: temperatures are this many standard deviations of log p(x | e) apart, each with so many steps to tune by.
 PILOT_SPACING, PILOT_STEPS = 1.0, 4

@@ -9,12 +9,15 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from .. import distributed
 from ..system import System
 
 
 def reconstructions(system: System, images: Tensor, rng: torch.Generator, batch_size: int = 250) -> Tensor:
     """One reconstruction of each image [n, C, H, W] (uint8, or floats in [-1, 1]), as floats on the CPU."""
-    return torch.cat([system.reconstruct(system.as_input(batch), rng=rng).cpu() for batch in images.split(batch_size)])
+    return distributed.mapped(
+        lambda batch: system.reconstruct(system.as_input(batch), rng=rng).cpu(), images, batch_size
+    )
 
 
 def inference_seconds(system: System, images: Tensor, batch_size: int = 100) -> float:

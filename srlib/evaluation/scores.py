@@ -7,6 +7,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
+from .. import distributed
 from ..data import Dataset, Split, to_unit_range
 from ..system import Source, System
 from ..training import stream
@@ -36,22 +37,27 @@ def evaluate(
         **system.settings(),
     }
     if held_out.labels is not None:
-        n = RECOGNISER_IMAGES
-        classify = recogniser(to_unit_range(dataset.train.images[:n]), dataset.train.labels[:n])
-        for name, judged in (("originals", images), ("reconstructions", reconstructed)):
-            scores[f"recognised_{name}"] = (classify(judged) == held_out.labels).double().mean().item()
+        judged = {"recognised_originals": images, "recognised_reconstructions": reconstructed}
+        scores |= distributed.from_first(lambda: _recognised(judged, held_out.labels, dataset.train))
     rng = torch.Generator().manual_seed(stream(seed, "samples"))
     parts: dict[str, list[Tensor]] = {}
     for batch in held_out.images.split(BATCH):
-        for name, values in system.likelihood(system.as_input(batch), rng).items():
-            parts.setdefault(name, []).append(values)
+        with distributed.sharing(len(batch)) as rows:
+            for name, values in system.likelihood(system.as_input(batch[rows]), rng).items():
+                parts.setdefault(name, []).append(distributed.gathered(values))
     scores |= {name: torch.cat(values).mean().item() for name, values in parts.items()}
-    real = dataset.train.images[:n_samples]
+    real, device = dataset.train.images[:n_samples], str(next(system.parameters()).device)
     for source in get_args(Source):
-        generated = torch.cat([system.sample(len(x), source, rng).cpu() for x in real.split(BATCH)])
+        generated = distributed.mapped(lambda x, source=source: system.sample(len(x), source, rng).cpu(), real, BATCH)
         for key, network in ((f"samples_{source}", dataset.name), (f"samples_{source}_{INCEPTION}", INCEPTION)):
             try:
-                scores[key] = evaluate_samples(network, real, generated, rng)
+                scores[key] = evaluate_samples(network, real, generated, rng, device=device)
             except WeightsUnavailable as error:
                 scores[key] = {"not_run": str(error)}
     return scores
+
+
+def _recognised(judged: dict[str, Tensor], labels: Tensor, train: Split) -> dict[str, float]:
+    """Which fraction of each of these sets of images a classifier gives their labels."""
+    classify = recogniser(to_unit_range(train.images[:RECOGNISER_IMAGES]), train.labels[:RECOGNISER_IMAGES])
+    return {name: (classify(images) == labels).double().mean().item() for name, images in judged.items()}
