@@ -10,6 +10,7 @@ latents): given e, the latents z_l and the image are deterministic, so Eqs. (9)-
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Sequence
 
 import torch
@@ -25,13 +26,21 @@ def randn_like(tensor: Tensor, rng: torch.Generator | None = None) -> Tensor:
 
     It is drawn where `rng` lives and then moved, so that one CPU generator gives the same bits on every device.
     """
+    check_rng(rng)
     device = tensor.device if rng is None else rng.device
     return torch.randn(tensor.shape, generator=rng, device=device, dtype=tensor.dtype).to(tensor.device)
 
 
 def given_or_fresh(rng: torch.Generator | None) -> torch.Generator:
     """`rng`, or for None a CPU generator that is seeded from torch's global state."""
+    check_rng(rng)
     return rng or torch.Generator().manual_seed(int(torch.randint(2**62, ())))
+
+
+def check_rng(rng: torch.Generator | None) -> None:
+    """Raises ValueError unless `rng` is a random generator of torch, or None."""
+    if rng is not None and not isinstance(rng, torch.Generator):
+        raise ValueError(f"rng={rng!r} must be a torch.Generator, such as torch.Generator().manual_seed(0), or None")
 
 
 def check_whole(name: str, value: int, least: int = 1) -> None:
@@ -42,8 +51,16 @@ def check_whole(name: str, value: int, least: int = 1) -> None:
 
 def check_positive(name: str, value: float) -> None:
     """Raises ValueError unless `value` is a positive, finite number."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < math.inf:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value <= sys.float_info.max:
         raise ValueError(f"{name}={value!r} must be a positive, finite number")
+
+
+def check_tensor(name: str, value: Tensor) -> None:
+    """Raises ValueError unless `value` is a tensor without NaN and infinite numbers."""
+    if not isinstance(value, Tensor):
+        raise ValueError(f"{name}={value!r} must be a tensor")
+    if not value.is_meta and not value.isfinite().all():
+        raise ValueError(f"{name} holds NaN or infinite numbers")
 
 
 class Generator(nn.Module):

@@ -54,6 +54,10 @@ class Posterior:
     """
 
     def __init__(self, generator: Generator, x: Tensor, sigma: float, mask: Tensor | None = None) -> None:
+        if not isinstance(generator, Generator) or not isinstance(x, Tensor):
+            raise ValueError(
+                f"a posterior needs a Generator and a tensor x, not a {type(generator).__name__} and a {type(x).__name__}"
+            )
         if x.ndim != 4 or tuple(x.shape[1:]) != generator.image_shape:
             raise ValueError(
                 f"x has shape {tuple(x.shape)}, the generator makes [n, {', '.join(map(str, generator.image_shape))}]"
@@ -63,7 +67,11 @@ class Posterior:
         dtype = next(generator.parameters()).dtype
         if x.dtype != dtype:
             raise ValueError(f"x has dtype {x.dtype}, the generator computes in {dtype}; convert one of them")
+        if not len(x):
+            raise ValueError(f"x has shape {tuple(x.shape)}, without an image; give at least one")
         check_positive("sigma", sigma)
+        if not torch.finfo(dtype).tiny <= sigma * sigma <= torch.finfo(dtype).max:
+            raise ValueError(f"sigma={sigma!r} is too small or too large for its square to be a number in {dtype}")
         self.generator = generator
         self.sigma = float(sigma)
         self.mask = None if mask is None else _checked_mask(mask, x)
@@ -81,6 +89,7 @@ class Posterior:
 
     def repeated(self, n_chains: int) -> Posterior:
         """Each image `n_chains` times in a row, for as many independent chains: n * n_chains images."""
+        check_whole("n_chains", n_chains)
         return self[torch.arange(len(self), device=self.x.device).repeat_interleave(n_chains)]
 
     @property
@@ -152,7 +161,9 @@ class Posterior:
 
     def validated(self, e: Tensor) -> Tensor:
         """e itself, if its shape is [n, d]; a ValueError otherwise."""
-        if e.ndim != 2 or e.shape != (len(self), self.generator.latent_dim):
+        if not isinstance(e, Tensor):
+            raise ValueError(f"e={e!r} must be a tensor [{len(self)}, {self.generator.latent_dim}]")
+        if e.shape != (len(self), self.generator.latent_dim):
             raise ValueError(
                 f"e has shape {tuple(e.shape)}, these {len(self)} images need [{len(self)}, {self.generator.latent_dim}]"
             )
