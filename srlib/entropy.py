@@ -265,6 +265,7 @@ def backwards(
     """
     check_positive("tolerance", tolerance)
     check_whole("n_max", n_max)
+    check_tensor("final", final)
     check_tensor("noise", noise)
     if noise.shape[1:] != posterior.validated(final).shape or not len(noise) or noise.dtype != final.dtype:
         raise ValueError(

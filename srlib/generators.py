@@ -76,6 +76,8 @@ class Generator(nn.Module):
         super().__init__()
         self.latent_dims = _sizes("latent_dims", latent_dims)
         self.image_shape = _sizes("image_shape", image_shape)
+        if len(self.image_shape) != 3:
+            raise ValueError(f"image_shape={self.image_shape} must be (C, H, W)")
 
     @property
     def latent_dim(self) -> int:
@@ -83,11 +85,15 @@ class Generator(nn.Module):
         return sum(self.latent_dims)
 
     def split(self, e: Tensor) -> tuple[Tensor, ...]:
-        """The noises e [n, d] layer by layer, top first: a tuple of [n, d_l]. Works on anything that has d columns."""
+        """The noises e [n, d] layer by layer, top first: a tuple of [n, d_l]. Works on anything of this dtype with d columns."""
+        if not isinstance(e, Tensor):
+            raise ValueError(f"e={e!r} must be a tensor [n, {self.latent_dim}]")
         if e.ndim != 2 or e.shape[-1] != self.latent_dim:
             raise ValueError(
                 f"e has shape {tuple(e.shape)}, but latent_dims={self.latent_dims} needs [n, {self.latent_dim}]"
             )
+        if e.dtype != (dtype := next(self.parameters()).dtype):
+            raise ValueError(f"e has dtype {e.dtype}, the generator computes in {dtype}; convert it")
         return e.split(self.latent_dims, dim=-1)
 
     def latents(self, e: Tensor) -> tuple[Tensor, ...]:
@@ -199,7 +205,9 @@ class LinearGenerator(Generator):
     """
 
     def __init__(self, weight: Tensor, bias: Tensor, image_shape: Sequence[int] | None = None) -> None:
-        if weight.ndim != 2 or bias.shape != weight.shape[:1]:
+        check_tensor("weight", weight)
+        check_tensor("bias", bias)
+        if weight.ndim != 2 or not weight.numel() or bias.shape != weight.shape[:1]:
             raise ValueError(
                 f"weight {tuple(weight.shape)} and bias {tuple(bias.shape)} do not fit: weight is [D, d] and bias [D]"
             )
@@ -275,9 +283,13 @@ def keep_signal(module: nn.Module) -> None:
 
 
 def _sizes(name: str, values: Sequence[int]) -> tuple[int, ...]:
-    sizes = tuple(values)
-    if not sizes or any(not isinstance(v, int) or isinstance(v, bool) or v < 1 for v in sizes):
-        raise ValueError(f"{name}={sizes} must consist of positive whole numbers")
+    sizes = tuple(values) if isinstance(values, Sequence) else (values,)
+    if (
+        not isinstance(values, Sequence)
+        or not sizes
+        or any(not isinstance(v, int) or isinstance(v, bool) or v < 1 for v in sizes)
+    ):
+        raise ValueError(f"{name}={values!r} must consist of positive whole numbers")
     return sizes
 
 

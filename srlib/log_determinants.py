@@ -50,6 +50,8 @@ def log_abs_det_jacobian(
     Raises ValueError for an unknown method and for a chain that is not of `posterior`'s images.
     """
     check_chain(posterior, chain)
+    if chunk_size is not None:
+        check_whole("chunk_size", chunk_size)
     if method == "stepwise" or (method == "low_rank" and chain.initial.shape[1] < FEWEST_LATENTS):
         return stepwise_log_abs_det(posterior, chain, chunk_size)
     if method == "row_by_row":

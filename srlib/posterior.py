@@ -110,6 +110,7 @@ class Posterior:
         residual : `self.residual(e)` where it is at hand, which saves computing it again.
         """
         d, n_observed = self.generator.latent_dim, self.n_observed
+        e = self.validated(e)
         log_prior = -0.5 * e.square().sum(1) - 0.5 * d * math.log(2 * math.pi)
         residual = self.residual(e) if residual is None else residual
         misfit = residual.square().flatten(1).sum(1) / self.sigma**2
@@ -123,11 +124,10 @@ class Posterior:
         """
         if chunk_size is not None:
             check_whole("chunk_size", chunk_size)
-        if torch.is_inference_mode_enabled():
-            raise ValueError("scores need gradients, which torch.inference_mode forbids; use torch.no_grad")
+        e = self.validated(e)
         if chunk_size is not None and chunk_size < len(self):
             cuts = [slice(i, i + chunk_size) for i in range(0, len(self), chunk_size)]
-            return torch.cat([self[cut].score(self.validated(e)[cut], create_graph) for cut in cuts])
+            return torch.cat([self[cut].score(e[cut], create_graph) for cut in cuts])
         with torch.enable_grad(), frozen(self.generator):
             if not (create_graph and e.requires_grad):
                 e = e.detach().requires_grad_()
@@ -136,6 +136,8 @@ class Posterior:
 
     def pull(self, e: Tensor, create_graph: bool = False) -> tuple[Tensor, Tensor]:
         """d/de log p(x | e) at e [n, d], which must require gradients: [n, d]; and the residual [n, C, H, W] it comes from."""
+        if torch.is_inference_mode_enabled():
+            raise ValueError("scores need gradients, which torch.inference_mode forbids; use torch.no_grad")
         image = self.generator(self.validated(e))
         residual = self.x - image if self.mask is None else (self.x - image) * self.mask
         # vector-Jacobian product J' residual: the forward and backward pass of one Langevin step, no loss needed
@@ -147,6 +149,10 @@ class Posterior:
 
         One pass forward and backward builds the score's graph, one more backward pass serves all q vectors.
         """
+        e = self.validated(e)
+        if not isinstance(v, Tensor) or v.shape[-2:] != e.shape or v.ndim > 3 or v.dtype != e.dtype:
+            shown = f"{v.dtype} {tuple(v.shape)}" if isinstance(v, Tensor) else repr(v)
+            raise ValueError(f"v is {shown}; it must be vectors like e, {e.dtype} {tuple(e.shape)}, or several such")
         with torch.enable_grad(), frozen(self.generator):
             e = e.detach().requires_grad_()
             score = self.score(e, create_graph=True)
@@ -155,7 +161,7 @@ class Posterior:
 
     def hessian(self, e: Tensor) -> Tensor:
         """H(e) = d^2/de^2 log p(e | x) at e [n, d]: [n, d, d], symmetric."""
-        pieces = basis_vectors(e).split(max(1, PRODUCTS_AT_ONCE // len(e)))
+        pieces = basis_vectors(self.validated(e)).split(max(1, PRODUCTS_AT_ONCE // len(e)))
         h = torch.cat([self.hessian_product(e, piece) for piece in pieces]).transpose(0, 1)
         return 0.5 * (h + h.mT)
 

@@ -174,5 +174,6 @@ def _choose(accepted: Tensor, proposal: State, state: State) -> State:
 
 def uniform_like(tensor: Tensor, rng: torch.Generator | None = None) -> Tensor:
     """Uniform numbers on [0, 1) like `tensor`, drawn where `rng` lives as in `randn_like`."""
+    check_rng(rng)
     device = tensor.device if rng is None else rng.device
     return torch.rand(tensor.shape, generator=rng, device=device, dtype=tensor.dtype).to(tensor.device)

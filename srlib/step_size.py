@@ -386,6 +386,7 @@ def _drawn(
 ) -> tuple[Tensor, ...]:
     """e_0 [n, d], eps [K, n, d] and, where the estimator takes them, further eps [J, K, n, d]; what is given is kept."""
     check_whole("n_steps", n_steps)
+    check_whole("n_noise", n_noise)
     _checked_estimator(estimator)
     shape, dtype = (len(posterior), posterior.generator.latent_dim), posterior.x.dtype
     for name, given, needed in (("initial (e_0)", initial, shape), ("noise (eps)", noise, (n_steps, *shape))):
@@ -401,7 +402,6 @@ def _drawn(
         noise = torch.stack([randn_like(initial, rng) for _ in range(n_steps)])  # as `short_run` draws it
     if estimator not in ("equation_17", "semi_implicit"):
         return initial, noise
-    check_whole("n_noise", n_noise)
     return initial, noise, randn_like(initial.new_empty(n_noise, n_steps, *initial.shape), rng)
 
 
