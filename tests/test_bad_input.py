@@ -344,6 +344,29 @@ def short_run(c, **given):
     assert (chain.trajectory is not None) == given["keep_trajectory"]
 
 
+LONG = Kind(st.floats(1e-2, 1e30))  # steps that overshoot, or leave all bounds
+
+
+@public(step_size=LONG, n_steps=length, refusals="diverged")
+def short_run_of_long_steps(c, **given):
+    check(srlib.short_run(c.posterior, rng=seeded(0), **given).final, (c.n, c.d), c.dtype)
+
+
+@public(step_size=LONG, n_steps=length, estimator=choice(*step_size.ESTIMATORS), refusals="diverged|no inverse")
+def kl_objective_of_long_steps(c, **given):
+    check(srlib.kl_objective(c.posterior, rng=seeded(0), **given), (c.n,))
+
+
+@public(models=["point", "plane"], step_size=LONG, n_steps=length)
+def exact_kl_of_long_steps(c, **given):
+    assert (srlib.ClosedForm(c.posterior).short_run_kl(**given) > -1e-9).all()  # inf where float64 does not hold it
+
+
+@public(step_size=LONG, n_steps=length)
+def metropolis_adjusted_long_steps(c, **given):
+    check(mala(c.posterior, rng=seeded(0), **given).final, (c.n, c.d), c.dtype)
+
+
 @public(models=["point"], noise_scale=positive(1e-3, 10.0))
 def step_size_from_noise_scale(c, noise_scale):
     assert srlib.noise_scale_from_step_size(srlib.step_size_from_noise_scale(noise_scale)) == pytest.approx(noise_scale)
