@@ -19,6 +19,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from .generators import check_positive, check_whole
 from .langevin import validated_step_size
 from .posterior import Posterior
 
@@ -55,6 +56,9 @@ class GridDensity:
 
 def regular_axes(latent_dim: int, bound: float, n_points: int) -> tuple[Tensor, ...]:
     """The same even grid -bound, ..., bound of n_points for each latent: latent_dim tensors [n_points], float64."""
+    check_whole("latent_dim", latent_dim)
+    check_positive("bound", bound)
+    check_whole("n_points", n_points, 3)
     return (torch.linspace(-bound, bound, n_points, dtype=torch.float64),) * latent_dim
 
 
@@ -71,6 +75,7 @@ def short_run_density(
     Raises ValueError for more than two latents or one image, for a grid that more than 1e-6 of the mass leaves, and for
     one that does not resolve the kernel; the message says what would.
     """
+    check_whole("n_steps", n_steps)
     d = posterior.generator.latent_dim
     if d > 2:
         raise ValueError(f"brute force is for 1 or 2 latents, this generator has {d}; use annealed importance sampling")
@@ -157,7 +162,10 @@ def _edge(sizes: list[int]) -> Tensor:
 
 def _checked_axes(axes: Sequence[Tensor], d: int) -> tuple[list[Tensor], list[float]]:
     """The axes in float64 on the CPU, and their spacings."""
-    axes = [torch.as_tensor(axis).detach().double().cpu() for axis in axes]
+    try:
+        axes = [torch.as_tensor(axis).detach().double().cpu() for axis in axes]
+    except (TypeError, ValueError, RuntimeError):
+        raise ValueError(f"axes={axes!r} must be a sequence of {d} tensors [m], as `regular_axes` makes it") from None
     if len(axes) != d or any(axis.ndim != 1 or len(axis) < 3 for axis in axes):
         raise ValueError(f"axes of shapes {[list(a.shape) for a in axes]}: {d} latents need {d} axes [m], m at least 3")
     gaps = [axis.diff() for axis in axes]
@@ -167,7 +175,7 @@ def _checked_axes(axes: Sequence[Tensor], d: int) -> tuple[list[Tensor], list[fl
 
 
 def _refuse_lost(mass: float, what: str, axes: Sequence[Tensor]) -> None:
-    if mass > TOLERATED_MASS:
+    if not mass <= TOLERATED_MASS:
         bounds = " x ".join(f"[{axis[0].item():.3g}, {axis[-1].item():.3g}]" for axis in axes)
         raise ValueError(
             f"{mass:.1e} of the mass of {what} leaves the grid {bounds}, at most {TOLERATED_MASS:.0e} may; "

@@ -161,10 +161,10 @@ def gathered(part: Tensor) -> Tensor:
     return torch.cat([rows[rank * len(part) - start :] for rank, (rows, start) in enumerate(zip(parts, _share.starts))])
 
 
-def mapped(function: Callable[[Tensor], Tensor], images: Tensor, batch_size: int) -> Tensor:
-    """function of each batch of images [n, ...], one below the other, the batches being shared by the processes."""
+def mapped(function: Callable[[Tensor], Tensor], batches: Iterable[Tensor]) -> Tensor:
+    """function of each batch [n, ...], one below the other, the batches being shared by the processes."""
     parts = []
-    for batch in images.split(batch_size):
+    for batch in batches:
         with sharing(len(batch)) as rows:
             parts.append(gathered(function(batch[rows])))
     return torch.cat(parts)

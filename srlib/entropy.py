@@ -19,14 +19,15 @@ approximation elsewhere. `path` is an upper bound always (a reverse process B, h
 
 from __future__ import annotations
 
+import copy
 import math
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .generators import check_whole
-from .langevin import Chain, short_run
+from .generators import check_positive, check_tensor, check_whole
+from .langevin import Chain, short_run, validated_step_size
 from .posterior import PRODUCTS_AT_ONCE, Posterior, basis_vectors, frozen
 
 # States whose Hessians are computed together. Many states with few vectors each are several times faster than few with many.
@@ -51,8 +52,9 @@ def step_jacobians(posterior: Posterior, chain: Chain, chunk_size: int | None = 
 
     Similar to the Jacobian I + D_k H_k of step k (and equal to it where s_k is one number), so it has the same eigenvalues.
     """
+    chain = with_trajectory(posterior, chain)
     root = step_sizes(chain).sqrt()
-    h = hessians(posterior, with_trajectory(posterior, chain).trajectory[:-1], chunk_size)
+    h = hessians(posterior, chain.trajectory[:-1], chunk_size)
     eye = torch.eye(h.shape[-1], dtype=h.dtype, device=h.device)
     return eye + root[..., :, None] * h * root[..., None, :]
 
@@ -100,7 +102,8 @@ class _Hessian(torch.autograd.Function):
 
 def change_of_variables(posterior: Posterior, chain: Chain, chunk_size: int | None = None) -> Tensor:
     """log p(e_0) - log|det dF/de_0|, the log density of e_K given the noise (Eq. 13) where F is one-to-one: [n]."""
-    return _log_prior(chain.initial) - stepwise_log_abs_det(posterior, chain, chunk_size)
+    log_det = stepwise_log_abs_det(posterior, chain, chunk_size)
+    return _log_prior(chain.initial) - log_det
 
 
 def equation_17(posterior: Posterior, chain: Chain, noises: Tensor, chunk_size: int | None = None) -> Tensor:
@@ -108,7 +111,8 @@ def equation_17(posterior: Posterior, chain: Chain, noises: Tensor, chunk_size: 
 
     noises : further draws of eps, [J, K, n, d]; the chain's own is one of the J + 1 in the average.
     """
-    draws = [chain, *(_replayed(posterior, chain, noise) for noise in _checked_noises(chain, noises))]
+    noises = _checked_noises(posterior, chain, noises)
+    draws = [chain, *(_replayed(posterior, chain, noise) for noise in noises)]
     return _log_mean_exp([change_of_variables(posterior, draw, chunk_size) for draw in draws])
 
 
@@ -121,10 +125,8 @@ def semi_implicit(posterior: Posterior, chain: Chain, noises: Tensor, chunk_size
 
     Raises `NoInverseError` where fixed-point iteration finds no inverse of a step (s too large for the curvature).
     """
-    draws = [
-        chain,
-        *(backwards(posterior, chain.final, chain.step_size, noise) for noise in _checked_noises(chain, noises)),
-    ]
+    noises = _checked_noises(posterior, chain, noises)
+    draws = [chain, *(backwards(posterior, chain.final, chain.step_size, noise) for noise in noises)]
     return _log_mean_exp([change_of_variables(posterior, draw, chunk_size) for draw in draws])
 
 
@@ -133,6 +135,7 @@ def linear_noise(posterior: Posterior, chain: Chain, chunk_size: int | None = No
 
     Exact for a linear generator. Elsewhere no bound: it takes the curvature along one chain for that along all.
     """
+    check_chain(posterior, chain)
     if chain.noise is None:
         raise ValueError("a deterministic chain has no noise whose entropy counts; use change_of_variables")
     s = step_sizes(chain)
@@ -160,8 +163,8 @@ def path(posterior: Posterior, chain: Chain) -> Tensor:
     """
     chain = with_trajectory(posterior, chain)
     states, s = chain.trajectory.double(), step_sizes(chain)
-    scores = torch.stack([posterior.score(e, create_graph=e.requires_grad) for e in chain.trajectory[1:]]).double()
     forward = _log_step_noise(chain)
+    scores = torch.stack([posterior.score(e, create_graph=e.requires_grad) for e in chain.trajectory[1:]]).double()
     backward = _log_normal(states[:-1] - states[1:] - s * scores, 2 * s)
     return _log_prior(chain.initial) + (forward - backward).sum(0)
 
@@ -176,6 +179,7 @@ def path_gaussian(posterior: Posterior, chain: Chain, chunk_size: int | None = N
     """
     chain = with_trajectory(posterior, chain)
     states, s = chain.trajectory.double(), step_sizes(chain)
+    total = _log_prior(chain.initial) + _log_step_noise(chain).sum(0)
     create_graph = chain.trajectory.requires_grad
     scores = torch.stack([posterior.score(e, create_graph=create_graph) for e in chain.trajectory[1:]]).double()
     eye, root = torch.eye(s.shape[-1], dtype=s.dtype, device=s.device), s.sqrt()
@@ -184,7 +188,6 @@ def path_gaussian(posterior: Posterior, chain: Chain, chunk_size: int | None = N
     dh = root[..., :, None] * (clipped - eye) / root[..., None, :]  # D_k H(e_{k+1}), clipped
     final_h = dh[-1] / s[-1][..., None]
     mean, covariance = torch.zeros_like(states[0]), eye.expand_as(dh[0])  # of e_k, if H were H(e_K) everywhere
-    total = _log_prior(chain.initial) + _log_step_noise(chain).sum(0)
     for k in range(chain.n_steps):
         # e_{k+1} = offset + a e_k + noise, from score(e_k) = score(e_{k+1}) + H (e_k - e_{k+1})
         a = eye + dh[k]
@@ -228,34 +231,56 @@ class _Clip(torch.autograd.Function):
 # --- small parts ------------------------------------------------------------------------------------------------------
 
 
-def _checked_noises(chain: Chain, noises: Tensor) -> Tensor:
-    """noises itself, if it is [J, K, n, d] with the chain's K, n and d; a ValueError otherwise."""
+def _checked_noises(posterior: Posterior, chain: Chain, noises: Tensor) -> Tensor:
+    """noises itself, if it is [J, K, n, d] with the chain's K, n, d and dtype; a ValueError otherwise."""
+    check_chain(posterior, chain)
+    if chain.noise is None:
+        raise ValueError("a deterministic chain has no noise to average over; use change_of_variables")
     shape = (chain.n_steps, *chain.initial.shape)
-    if noises.ndim != 4 or noises.shape[1:] != shape:
+    check_tensor("noises", noises)
+    if noises.ndim != 4 or noises.shape[1:] != shape or noises.dtype != chain.initial.dtype:
         raise ValueError(
-            f"noises has shape {tuple(noises.shape)}, this chain needs [J, K, n, d] = [J, {', '.join(map(str, shape))}]"
+            f"noises has shape {tuple(noises.shape)}, {noises.dtype}; this chain needs [J, K, n, d] = "
+            f"[J, {', '.join(map(str, shape))}], {chain.initial.dtype}"
         )
     return noises
 
 
 def backwards(
-    posterior: Posterior, final: Tensor, step_size: Tensor, noise: Tensor, tolerance: float = 1e-10, n_max: int = 2000
+    posterior: Posterior,
+    final: Tensor,
+    step_size: float | Tensor,
+    noise: Tensor,
+    tolerance: float = 1e-10,
+    n_max: int = 2000,
 ) -> Chain:
     """The chain that arrives at `final` [n, d] under `noise` [K, n, d]; its `initial` is F^-1(final, noise).
 
     Goes back step by step, e = e' - sqrt(2 s) eps - s score(e), by fixed-point iteration, which converges where s is below
-    1 / (largest curvature): there every step is one-to-one. Differentiable in `final` and `step_size`.
+    1 / (largest curvature): there every step is one-to-one. Going back stretches what a step contracted, rounding errors
+    too, so that all is computed in float64, with a copy of a float32 generator; the chain has the dtype of `final`.
+    Differentiable in `final` and `step_size`.
 
     Raises `NoInverseError` where it does not converge to `tolerance`, relative to the largest latent, in `n_max` iterations.
     """
+    check_positive("tolerance", tolerance)
+    check_whole("n_max", n_max)
+    check_tensor("final", final)
+    check_tensor("noise", noise)
+    if noise.shape[1:] != posterior.validated(final).shape or not len(noise) or noise.dtype != final.dtype:
+        raise ValueError(
+            f"noise is {noise.dtype} {tuple(noise.shape)}, to go back from {final.dtype} {tuple(final.shape)} takes "
+            f"{final.dtype} [K, {', '.join(map(str, final.shape))}]"
+        )
+    step_size = validated_step_size(step_size, noise.shape, final)
     differentiable = torch.is_grad_enabled() and (final.requires_grad or step_size.requires_grad)
-    states = [final]
+    exactly, states = _in_double(posterior), [final.double()]
+    sizes, noises = step_size.double().expand(noise.shape), noise.double()
     for k in reversed(range(len(noise))):
-        s_k = step_size.expand(noise.shape)[k].to(final.dtype)
-        arrival = states[-1] - (2 * s_k).sqrt() * noise[k]
-        s, target, e = s_k.detach(), arrival.detach(), states[-1].detach()
+        arrival = states[-1] - (2 * sizes[k]).sqrt() * noises[k]
+        s, target, e = sizes[k].detach(), arrival.detach(), states[-1].detach()
         for _ in range(n_max):
-            previous, e = e, target - s * posterior.score(e)
+            previous, e = e, target - s * exactly.score(e)
             change = (e - previous).abs().max() / (1 + e.abs().max())
             if not change > tolerance:
                 break
@@ -265,19 +290,34 @@ def backwards(
                 f"{change:.1g}): it is one-to-one only below 1 / (largest curvature); use a smaller step size"
             )
         if differentiable:  # one step of Newton's method, which has the derivatives of the solution
-            jacobian = torch.eye(e.shape[1], dtype=torch.float64, device=e.device)
-            jacobian = jacobian + s[..., None] * hessians(posterior, e[None])[0]
-            misfit = e + s_k * posterior.score(e) - arrival
-            e = e - torch.linalg.solve(jacobian, misfit.double()[..., None])[..., 0].to(e.dtype)
+            jacobian = torch.eye(e.shape[1], dtype=e.dtype, device=e.device)
+            jacobian = jacobian + s[..., None] * hessians(exactly, e[None])[0]
+            misfit = e + sizes[k] * exactly.score(e) - arrival
+            e = e - torch.linalg.solve(jacobian, misfit[..., None])[..., 0]
         states.append(e)
-    trajectory = torch.stack(states[::-1])
+    trajectory = torch.stack(states[::-1]).to(final.dtype)
     return Chain(trajectory[-1], trajectory[0], step_size, len(noise), trajectory, noise, None)
 
 
+def _in_double(posterior: Posterior) -> Posterior:
+    """The same posterior computed in float64: itself, or with a copy of its generator."""
+    if posterior.x.dtype == torch.float64:
+        return posterior
+    generator = copy.deepcopy(posterior.generator).double()
+    return Posterior(generator, posterior.x.double(), posterior.sigma, posterior.mask)
+
+
 def with_trajectory(posterior: Posterior, chain: Chain) -> Chain:
-    """The chain with all its states; a ValueError if it is not one of as many images as `posterior` has."""
-    posterior.validated(chain.initial)
+    """The chain with all its states; a ValueError if its sizes are not those of `posterior`."""
+    check_chain(posterior, chain)
     return chain if chain.trajectory is not None else _replayed(posterior, chain, chain.noise)
+
+
+def check_chain(posterior: Posterior, chain: Chain) -> None:
+    """Raises ValueError unless `chain` is a chain of as many images and latents, and of the dtype, as `posterior` has."""
+    if not isinstance(chain, Chain):
+        raise ValueError(f"chain is a {type(chain).__name__}; give what `short_run` returns")
+    posterior.validated(chain.initial)
 
 
 def _replayed(posterior: Posterior, chain: Chain, noise: Tensor | None) -> Chain:

@@ -10,6 +10,7 @@ latents): given e, the latents z_l and the image are deterministic, so Eqs. (9)-
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Callable, Sequence
 
 import torch
@@ -37,13 +38,21 @@ def uniform_like(tensor: Tensor, rng: torch.Generator | None = None) -> Tensor:
 
 
 def _drawn_like(tensor: Tensor, rng: torch.Generator | None, draw: Callable[..., Tensor]) -> Tensor:
+    check_rng(rng)
     given = dict(generator=rng, device=tensor.device if rng is None else rng.device, dtype=tensor.dtype)
     return distributed.drawn(lambda shape: draw(shape, **given), tensor.shape).to(tensor.device)
 
 
 def given_or_fresh(rng: torch.Generator | None) -> torch.Generator:
     """`rng`, or for None a CPU generator that is seeded from torch's global state."""
+    check_rng(rng)
     return rng or torch.Generator().manual_seed(int(torch.randint(2**62, ())))
+
+
+def check_rng(rng: torch.Generator | None) -> None:
+    """Raises ValueError unless `rng` is a random generator of torch, or None."""
+    if rng is not None and not isinstance(rng, torch.Generator):
+        raise ValueError(f"rng={rng!r} must be a torch.Generator, such as torch.Generator().manual_seed(0), or None")
 
 
 def check_whole(name: str, value: int, least: int = 1) -> None:
@@ -54,8 +63,16 @@ def check_whole(name: str, value: int, least: int = 1) -> None:
 
 def check_positive(name: str, value: float) -> None:
     """Raises ValueError unless `value` is a positive, finite number."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < math.inf:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value <= sys.float_info.max:
         raise ValueError(f"{name}={value!r} must be a positive, finite number")
+
+
+def check_tensor(name: str, value: Tensor) -> None:
+    """Raises ValueError unless `value` is a tensor without NaN and infinite numbers."""
+    if not isinstance(value, Tensor):
+        raise ValueError(f"{name}={value!r} must be a tensor")
+    if not value.is_meta and not value.isfinite().all():
+        raise ValueError(f"{name} holds NaN or infinite numbers")
 
 
 class Generator(nn.Module):
@@ -71,6 +88,8 @@ class Generator(nn.Module):
         super().__init__()
         self.latent_dims = _sizes("latent_dims", latent_dims)
         self.image_shape = _sizes("image_shape", image_shape)
+        if len(self.image_shape) != 3:
+            raise ValueError(f"image_shape={self.image_shape} must be (C, H, W)")
 
     @property
     def latent_dim(self) -> int:
@@ -78,11 +97,15 @@ class Generator(nn.Module):
         return sum(self.latent_dims)
 
     def split(self, e: Tensor) -> tuple[Tensor, ...]:
-        """The noises e [n, d] layer by layer, top first: a tuple of [n, d_l]. Works on anything that has d columns."""
+        """The noises e [n, d] layer by layer, top first: a tuple of [n, d_l]. Works on anything of this dtype with d columns."""
+        if not isinstance(e, Tensor):
+            raise ValueError(f"e={e!r} must be a tensor [n, {self.latent_dim}]")
         if e.ndim != 2 or e.shape[-1] != self.latent_dim:
             raise ValueError(
                 f"e has shape {tuple(e.shape)}, but latent_dims={self.latent_dims} needs [n, {self.latent_dim}]"
             )
+        if e.dtype != (dtype := next(self.parameters()).dtype):
+            raise ValueError(f"e has dtype {e.dtype}, the generator computes in {dtype}; convert it")
         return e.split(self.latent_dims, dim=-1)
 
     def latents(self, e: Tensor) -> tuple[Tensor, ...]:
@@ -194,7 +217,9 @@ class LinearGenerator(Generator):
     """
 
     def __init__(self, weight: Tensor, bias: Tensor, image_shape: Sequence[int] | None = None) -> None:
-        if weight.ndim != 2 or bias.shape != weight.shape[:1]:
+        check_tensor("weight", weight)
+        check_tensor("bias", bias)
+        if weight.ndim != 2 or not weight.numel() or bias.shape != weight.shape[:1]:
             raise ValueError(
                 f"weight {tuple(weight.shape)} and bias {tuple(bias.shape)} do not fit: weight is [D, d] and bias [D]"
             )
@@ -270,9 +295,13 @@ def keep_signal(module: nn.Module) -> None:
 
 
 def _sizes(name: str, values: Sequence[int]) -> tuple[int, ...]:
-    sizes = tuple(values)
-    if not sizes or any(not isinstance(v, int) or isinstance(v, bool) or v < 1 for v in sizes):
-        raise ValueError(f"{name}={sizes} must consist of positive whole numbers")
+    sizes = tuple(values) if isinstance(values, Sequence) else (values,)
+    if (
+        not isinstance(values, Sequence)
+        or not sizes
+        or any(not isinstance(v, int) or isinstance(v, bool) or v < 1 for v in sizes)
+    ):
+        raise ValueError(f"{name}={values!r} must consist of positive whole numbers")
     return sizes
 
 

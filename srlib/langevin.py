@@ -18,7 +18,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from .generators import check_positive, check_whole, given_or_fresh, randn_like
+from .generators import check_positive, check_tensor, check_whole, given_or_fresh, randn_like
 from .inner_loop import Precision, accelerated, check_fast
 from .posterior import Posterior
 
@@ -107,11 +107,11 @@ def short_run(
     e = posterior.generator.sample_prior(len(posterior), rng) if initial is None else initial
     shape = (n_steps, *posterior.validated(e).shape)
     s = validated_step_size(step_size, shape, e)
+    for name, given in (("initial", initial), ("noise", noise)):
+        if given is not None:
+            check_tensor(name, given)
     if noise is not None and (noise.shape != shape or noise.dtype != e.dtype):
         raise ValueError(f"noise is {noise.dtype} {tuple(noise.shape)}, this chain needs {e.dtype} {shape}")
-    for name, given in (("initial", initial), ("noise", noise)):
-        if given is not None and not given.is_meta and not given.isfinite().all():
-            raise ValueError(f"{name} holds NaN or infinite numbers")
     rng_before_noise = None if deterministic or noise is not None else rng.clone_state()
 
     start, trajectory = e, [e]
@@ -177,7 +177,8 @@ def geometric_step_sizes(first: float, last: float, n_steps: int) -> Tensor:
 
 def validated_step_size(step_size: float | Tensor, shape: tuple[int, ...], e: Tensor) -> Tensor:
     """step_size as a tensor like e, if it is positive and broadcasts to shape [K, n, d]; a ValueError otherwise."""
-    if isinstance(step_size, bool) or not isinstance(step_size, (int, float, Tensor)):
+    boolean = isinstance(step_size, bool) or (isinstance(step_size, Tensor) and step_size.dtype == torch.bool)
+    if boolean or not isinstance(step_size, (int, float, Tensor)):
         raise ValueError(f"step_size={step_size!r} must be a number or a tensor; a usual value is 1.25e-3")
     s = torch.as_tensor(step_size, dtype=e.dtype, device=e.device)
     try:

@@ -17,8 +17,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from .entropy import step_sizes, stepwise_log_abs_det, with_trajectory
-from .generators import randn_like
+from .entropy import check_chain, step_sizes, stepwise_log_abs_det, with_trajectory
+from .generators import check_rng, check_whole, randn_like
 from .langevin import Chain, short_run
 from .posterior import PRODUCTS_AT_ONCE, Posterior, basis_vectors
 
@@ -49,6 +49,9 @@ def log_abs_det_jacobian(
 
     Raises ValueError for an unknown method and for a chain that is not of `posterior`'s images.
     """
+    check_chain(posterior, chain)
+    if chunk_size is not None:
+        check_whole("chunk_size", chunk_size)
     if method == "stepwise" or (method == "low_rank" and chain.initial.shape[1] < FEWEST_LATENTS):
         return stepwise_log_abs_det(posterior, chain, chunk_size)
     if method == "row_by_row":
@@ -122,10 +125,13 @@ def low_rank_log_abs_det(
     n_probes : probes u of each step, at least 2, which give the standard error; by default d / 20, at least 4.
     block_size : directions that Q grows by. Fewer need fewer products, more take less time, above all with few chains.
     """
+    chain = with_trajectory(posterior, chain)
     n, d = chain.initial.shape
     n_steps = chain.n_steps
     n_products = n_steps * d // 4 if n_products is None else n_products
     n_probes = max(4, d // 20) if n_probes is None else n_probes
+    for name, value in (("n_products", n_products), ("n_probes", n_probes), ("block_size", block_size)):
+        check_whole(name, value)
     if not 2 <= n_probes <= d or not 1 <= block_size <= d - 2:
         raise ValueError(
             f"n_probes={n_probes} must lie within 2 ... {d}, block_size={block_size} within 1 ... {d - 2}; with few latents "
@@ -138,10 +144,11 @@ def low_rank_log_abs_det(
         )
     largest = (d - 2) // block_size * block_size  # columns of Q at most: two dimensions are left for the probes
     n_blocks = (n_products - n_steps * n_probes) // block_size
+    check_rng(rng)
     rng = rng or torch.Generator().manual_seed(0)
 
     # state k n + i is e_k of image i
-    states = with_trajectory(posterior, chain).trajectory[:-1].detach().flatten(0, 1)
+    states = chain.trajectory[:-1].detach().flatten(0, 1)
     roots = step_sizes(chain).detach().sqrt().flatten(0, 1)
     image = torch.arange(n, device=states.device)
     owner = image.repeat(n_steps)

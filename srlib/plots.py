@@ -14,6 +14,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 from torch import Tensor
 
+from .generators import check_whole
+
 # Colour-blind safe (Okabe and Ito); opaque white ground, so that figures are legible on dark pages too.
 PALETTE = sns.color_palette("colorblind")
 # What training records of each batch, and what therefore fluctuates from update to update.
@@ -52,6 +54,7 @@ def image_rows(rows: Mapping[str, Tensor], columns: int = 12) -> Figure:
 
 def image_grid(images: Tensor, columns: int = 12) -> Figure:
     """A grid of images [n, C, H, W] in [-1, 1]."""
+    check_whole("columns", columns)
     missing = -len(images) % columns  # places left over in the last row, white
     images = torch.cat([images, torch.ones_like(images[:1]).expand(missing, -1, -1, -1)])
     strips = [_strip(row) for row in images.split(columns)]

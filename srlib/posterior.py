@@ -56,6 +56,10 @@ class Posterior:
     """
 
     def __init__(self, generator: Generator, x: Tensor, sigma: float, mask: Tensor | None = None) -> None:
+        if not isinstance(generator, Generator) or not isinstance(x, Tensor):
+            raise ValueError(
+                f"a posterior needs a Generator and a tensor x, not a {type(generator).__name__} and a {type(x).__name__}"
+            )
         if x.ndim != 4 or tuple(x.shape[1:]) != generator.image_shape:
             raise ValueError(
                 f"x has shape {tuple(x.shape)}, the generator makes [n, {', '.join(map(str, generator.image_shape))}]"
@@ -65,7 +69,11 @@ class Posterior:
         dtype = next(generator.parameters()).dtype
         if x.dtype != dtype:
             raise ValueError(f"x has dtype {x.dtype}, the generator computes in {dtype}; convert one of them")
+        if not len(x):
+            raise ValueError(f"x has shape {tuple(x.shape)}, without an image; give at least one")
         check_positive("sigma", sigma)
+        if not torch.finfo(dtype).tiny <= sigma * sigma <= torch.finfo(dtype).max:
+            raise ValueError(f"sigma={sigma!r} is too small or too large for its square to be a number in {dtype}")
         self.generator = generator
         self.sigma = float(sigma)
         self.mask = None if mask is None else _checked_mask(mask, x)
@@ -83,6 +91,7 @@ class Posterior:
 
     def repeated(self, n_chains: int) -> Posterior:
         """Each image `n_chains` times in a row, for as many independent chains: n * n_chains images."""
+        check_whole("n_chains", n_chains)
         return self[torch.arange(len(self), device=self.x.device).repeat_interleave(n_chains)]
 
     @property
@@ -103,6 +112,7 @@ class Posterior:
         residual : `self.residual(e)` where it is at hand, which saves computing it again.
         """
         d, n_observed = self.generator.latent_dim, self.n_observed
+        e = self.validated(e)
         log_prior = -0.5 * e.square().sum(1) - 0.5 * d * math.log(2 * math.pi)
         residual = self.residual(e) if residual is None else residual
         misfit = residual.square().flatten(1).sum(1) / self.sigma**2
@@ -116,11 +126,10 @@ class Posterior:
         """
         if chunk_size is not None:
             check_whole("chunk_size", chunk_size)
-        if torch.is_inference_mode_enabled():
-            raise ValueError("scores need gradients, which torch.inference_mode forbids; use torch.no_grad")
+        e = self.validated(e)
         if chunk_size is not None and chunk_size < len(self):
             cuts = [slice(i, i + chunk_size) for i in range(0, len(self), chunk_size)]
-            return torch.cat([self[cut].score(self.validated(e)[cut], create_graph) for cut in cuts])
+            return torch.cat([self[cut].score(e[cut], create_graph) for cut in cuts])
         with torch.enable_grad(), frozen(self.generator):
             if not (create_graph and e.requires_grad):
                 e = e.detach().requires_grad_()
@@ -133,6 +142,8 @@ class Posterior:
 
     def pull(self, e: Tensor, create_graph: bool = False) -> tuple[Tensor, Tensor]:
         """d/de log p(x | e) at e [n, d], which must require gradients: [n, d]; and the residual [n, C, H, W] it comes from."""
+        if torch.is_inference_mode_enabled():
+            raise ValueError("scores need gradients, which torch.inference_mode forbids; use torch.no_grad")
         image = self.generator(self.validated(e))
         residual = self.x - image if self.mask is None else (self.x - image) * self.mask
         # vector-Jacobian product J' residual: the forward and backward pass of one Langevin step, no loss needed
@@ -144,6 +155,10 @@ class Posterior:
 
         One pass forward and backward builds the score's graph, one more backward pass serves all q vectors.
         """
+        e = self.validated(e)
+        if not isinstance(v, Tensor) or v.shape[-2:] != e.shape or v.ndim > 3 or v.dtype != e.dtype:
+            shown = f"{v.dtype} {tuple(v.shape)}" if isinstance(v, Tensor) else repr(v)
+            raise ValueError(f"v is {shown}; it must be vectors like e, {e.dtype} {tuple(e.shape)}, or several such")
         with torch.enable_grad(), frozen(self.generator):
             e = e.detach().requires_grad_()
             score = self.score(e, create_graph=True)
@@ -152,13 +167,15 @@ class Posterior:
 
     def hessian(self, e: Tensor) -> Tensor:
         """H(e) = d^2/de^2 log p(e | x) at e [n, d]: [n, d, d], symmetric."""
-        pieces = basis_vectors(e).split(max(1, PRODUCTS_AT_ONCE // len(e)))
+        pieces = basis_vectors(self.validated(e)).split(max(1, PRODUCTS_AT_ONCE // len(e)))
         h = torch.cat([self.hessian_product(e, piece) for piece in pieces]).transpose(0, 1)
         return 0.5 * (h + h.mT)
 
     def validated(self, e: Tensor) -> Tensor:
         """e itself, if its shape is [n, d]; a ValueError otherwise."""
-        if e.ndim != 2 or e.shape != (len(self), self.generator.latent_dim):
+        if not isinstance(e, Tensor):
+            raise ValueError(f"e={e!r} must be a tensor [{len(self)}, {self.generator.latent_dim}]")
+        if e.shape != (len(self), self.generator.latent_dim):
             raise ValueError(
                 f"e has shape {tuple(e.shape)}, these {len(self)} images need [{len(self)}, {self.generator.latent_dim}]"
             )

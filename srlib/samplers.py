@@ -18,7 +18,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .generators import check_whole, randn_like, uniform_like
+from .generators import check_rng, check_whole, randn_like, uniform_like
 from .langevin import validated_step_size
 from .posterior import Posterior, frozen
 
@@ -63,7 +63,7 @@ def evaluate(posterior: Posterior, e: Tensor) -> State:
     """log p(x | e) and its gradient at e [n, d], from one pass through the generator, forward and backward."""
     variance = posterior.sigma**2
     with torch.enable_grad(), frozen(posterior.generator):
-        e = e.detach().requires_grad_()
+        e = posterior.validated(e).detach().requires_grad_()
         pull, residual = posterior.pull(e)
     misfit = residual.detach().flatten(1).double().square().sum(1) / variance
     log_likelihood = -0.5 * misfit - 0.5 * posterior.n_observed * math.log(2 * math.pi * variance)
@@ -124,8 +124,10 @@ def hmc(
     """
     check_whole("n_steps", n_steps)
     check_whole("n_leapfrog", n_leapfrog)
-    e = posterior.generator.sample_prior(len(posterior), rng) if initial is None else initial.detach()
-    shape = (n_steps, *posterior.validated(e).shape)
+    check_rng(rng)
+    e = posterior.generator.sample_prior(len(posterior), rng) if initial is None else initial
+    e = posterior.validated(e).detach()
+    shape = (n_steps, *e.shape)
     steps = validated_step_size(step_size, shape, e).detach().expand(shape)
     state = start = evaluate(posterior, e)
     if not state.log_likelihood.isfinite().all():
@@ -153,6 +155,9 @@ def mala(
 
     Raises ValueError for arguments that do not fit. Source: Roberts and Tweedie 1996.
     """
+    check_whole("n_steps", n_steps)
+    shape = (n_steps, len(posterior), posterior.generator.latent_dim)
+    validated_step_size(step_size, shape, posterior.x)  # so that s is named, not eps
     leapfrog_step = (2 * torch.as_tensor(step_size, dtype=torch.float64)).sqrt()
     return hmc(posterior, n_steps, leapfrog_step, 1, initial, rng, keep_trajectory)
 

@@ -13,13 +13,14 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from numbers import Real
 from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
 from . import entropy
-from .generators import check_positive, check_whole, given_or_fresh, randn_like
+from .generators import check_positive, check_rng, check_tensor, check_whole, given_or_fresh, randn_like
 from .langevin import DivergenceError, short_run
 from .posterior import Posterior, frozen
 
@@ -111,9 +112,9 @@ class StepSizeResult:
 
     @property
     def local_minima(self) -> list[int]:
-        """Indices of the candidates of a sorted grid that lie below both neighbours."""
-        padded = torch.nn.functional.pad(self.objective, (1, 1), value=math.inf)
-        return ((padded[1:-1] < padded[:-2]) & (padded[1:-1] < padded[2:])).nonzero().flatten().tolist()
+        """Indices of the candidates of a sorted grid that lie below both neighbours; its ends have one and never count."""
+        inner, below, above = self.objective[1:-1], self.objective[:-2], self.objective[2:]
+        return (((inner < below) & (inner < above)).nonzero().flatten() + 1).tolist()
 
 
 def _standard_error(values: Tensor) -> Tensor:
@@ -161,6 +162,7 @@ def grid_search_step_size(
     return StepSizeResult(chosen[:, None] if share == "example" else chosen[0], tried, values)
 
 
+@torch.enable_grad()
 def descend_step_size(
     posterior: Posterior,
     initial: float | Tensor,
@@ -242,6 +244,7 @@ def moment_matched(n_chains: int, n_steps: int, latent_dim: int, rng: torch.Gene
             f"n_chains={n_chains} must be even and at least 2 (n_steps + 1) latent_dim = {2 * n_numbers}, so that mean and "
             "covariance can be matched"
         )
+    check_rng(rng)
     half = torch.randn(n_chains // 2, n_numbers, generator=rng, dtype=torch.float64)
     half = torch.linalg.qr(half)[0] * (n_chains / 2) ** 0.5  # orthogonal columns
     numbers = torch.cat([half, -half]).unflatten(1, (n_steps + 1, latent_dim)).transpose(0, 1)
@@ -352,8 +355,8 @@ class StepSizeSearch:
 def _stacked(candidates: Sequence[float | Tensor], device: torch.device) -> Tensor:
     """The candidates of a grid as one tensor [C, ...], if they are that; a ValueError otherwise."""
     try:
-        tensors = [torch.as_tensor(s, dtype=torch.float64, device=device) for s in candidates]
-    except TypeError:
+        tensors = [_in_float64("candidates", s, device) for s in candidates]
+    except TypeError:  # not a sequence
         raise ValueError(f"candidates={candidates!r} must be a sequence of step sizes, such as [1e-3, 2e-3]") from None
     if not tensors:
         raise ValueError(
@@ -369,6 +372,15 @@ def _stacked(candidates: Sequence[float | Tensor], device: torch.device) -> Tens
     return tried
 
 
+def _in_float64(name: str, step_size: float | Tensor, device: torch.device) -> Tensor:
+    """A step size as a tensor, without the graph it may come from; a ValueError unless it is a number or a tensor of them."""
+    if isinstance(step_size, Tensor) and step_size.dtype != torch.bool and not step_size.is_complex():
+        return step_size.detach().to(device, torch.float64)
+    if isinstance(step_size, Real) and not isinstance(step_size, bool):
+        return torch.tensor(float(step_size), dtype=torch.float64, device=device)
+    raise ValueError(f"{name}: {step_size!r} must be a number or a tensor of numbers; a usual value is 1.25e-3")
+
+
 def _common(
     posterior: Posterior,
     n_chains: int,
@@ -378,14 +390,15 @@ def _common(
     given: RandomNumbers | None,
 ) -> tuple[Posterior, tuple[Tensor, ...]]:
     """`n_chains` chains of each image, those of an image in a row, and the random numbers that all candidates share."""
-    check_whole("n_chains", n_chains)
     if given is not None and not (isinstance(given, (tuple, list)) and len(given) == 2):
         raise ValueError(
             f"common is a {type(given).__name__}, it must be the pair e_0, eps, as `moment_matched` makes it"
         )
+    check_rng(rng)
     rng = rng and rng.clone_state()  # the caller's stays where it is
     chains = posterior.repeated(n_chains)
-    return chains, _drawn(chains, n_steps, estimator, rng, *(given or (None, None)))
+    initial, noise, *further = _drawn(chains, n_steps, estimator, rng, *(given or (None, None)))
+    return chains, (initial.detach(), noise.detach(), *further)
 
 
 def _drawn(
@@ -399,10 +412,14 @@ def _drawn(
 ) -> tuple[Tensor, ...]:
     """e_0 [n, d], eps [K, n, d] and, where the estimator takes them, further eps [J, K, n, d]; what is given is kept."""
     check_whole("n_steps", n_steps)
+    check_whole("n_noise", n_noise)
     _checked_estimator(estimator)
     shape, dtype = (len(posterior), posterior.generator.latent_dim), posterior.x.dtype
-    for name, given, needed in (("initial, e_0,", initial, shape), ("noise, eps,", noise, (n_steps, *shape))):
-        if given is not None and (given.shape != needed or given.dtype != dtype):
+    for name, given, needed in (("initial (e_0)", initial, shape), ("noise (eps)", noise, (n_steps, *shape))):
+        if given is None:
+            continue
+        check_tensor(name, given)
+        if given.shape != needed or given.dtype != dtype:
             raise ValueError(f"{name} is {given.dtype} {tuple(given.shape)}, these chains need {dtype} {needed}")
     rng = given_or_fresh(rng)
     if initial is None:
@@ -411,7 +428,6 @@ def _drawn(
         noise = torch.stack([randn_like(initial, rng) for _ in range(n_steps)])  # as `short_run` draws it
     if estimator not in ("equation_17", "semi_implicit"):
         return initial, noise
-    check_whole("n_noise", n_noise)
     return initial, noise, randn_like(initial.new_empty(n_noise, n_steps, *initial.shape), rng)
 
 
@@ -473,9 +489,9 @@ def _shared(posterior: Posterior, initial: float | Tensor, n_steps: int, share: 
         "layer": (len(posterior.generator.latent_dims),),
         "example": (len(posterior), 1),
     }
-    if share not in shapes:
+    if share not in tuple(shapes):
         raise ValueError(f"share={share!r} is unknown; there are: {', '.join(shapes)}")
-    start = torch.as_tensor(initial, dtype=torch.float64, device=posterior.x.device)
+    start = _in_float64("initial", initial, posterior.x.device)
     if share == "layer" and start.shape == (posterior.generator.latent_dim,):  # as an earlier descent returned it
         firsts = torch.stack([s[0] for s in start.split(posterior.generator.latent_dims)])
         start = firsts if torch.equal(_expanded(firsts, posterior, share), start) else start

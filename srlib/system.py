@@ -77,12 +77,12 @@ class System(nn.Module):
 
     def fit_aggregate(self, images: Tensor, batch_size: int = 500, rng: torch.Generator | None = None) -> Tensor:
         """Fit a Gaussian to the latents inferred from `images`, the aggregate posterior; returns these latents [n, d]."""
-        check_whole("batch_size", batch_size)
+        batches = in_batches(images, batch_size)
         n, d = len(images), self.generator.latent_dim
         if n <= d:
             raise ValueError(f"{n} images cannot fix a covariance in {d} dimensions; give at least {d + 1}")
-        e = distributed.mapped(lambda batch: self.infer(self.as_input(batch), rng=rng), images, batch_size)
-        scale, failed = torch.linalg.cholesky_ex(e.double().T.cov())
+        e = distributed.mapped(lambda batch: self.infer(self.as_input(batch), rng=rng), batches)
+        scale, failed = torch.linalg.cholesky_ex(e.double().T.cov().reshape(d, d))
         if failed:
             raise FloatingPointError(
                 f"the covariance of the latents inferred from {n} images is singular or not a number: the generator does not use "
@@ -102,11 +102,21 @@ class System(nn.Module):
         images = images.to(parameter.device)
         if not images.is_floating_point():
             return to_unit_range(images).to(parameter.dtype)
-        if not images.is_meta and len(images) and images.abs().max() > UNSCALED:
+        if not images.is_meta and images.numel() and images.abs().max() > UNSCALED:
             raise ValueError(
                 f"images reach {images.abs().max():.3g}; scale them to [-1, 1] (uint8 images are scaled here)"
             )
         return images.to(parameter.dtype)
+
+
+def in_batches(images: Tensor, batch_size: int) -> tuple[Tensor, ...]:
+    """images [n, C, H, W] in batches of `batch_size`, the last of what is left. Raises ValueError for what is no images."""
+    check_whole("batch_size", batch_size)
+    if not isinstance(images, Tensor):
+        raise ValueError(f"images are a {type(images).__name__}; give a tensor [n, C, H, W]")
+    if images.ndim != 4 or not len(images):
+        raise ValueError(f"images have shape {tuple(images.shape)}; give [n, C, H, W] with n > 0")
+    return images.split(batch_size)
 
 
 class NoisySystem(System):

@@ -1,7 +1,9 @@
 """What all tests share: one thread, and the models whose answers are known."""
 
+import os
 from contextlib import contextmanager
 
+import hypothesis
 import pytest
 import torch
 
@@ -10,6 +12,10 @@ from srlib import training
 
 # One thread per process: results do not depend on the machine, and pytest-xdist uses the cores.
 torch.set_num_threads(1)
+# How far property-based tests go: `make test` takes the same few examples every time, `make fault-test` sets "long".
+hypothesis.settings.register_profile("short", max_examples=6, derandomize=True, database=None, deadline=None)
+hypothesis.settings.register_profile("long", max_examples=200, print_blob=True, deadline=None)
+hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "short"))
 # On a GPU the same seed gives the same bits, and float32 is float32, only when asked for.
 torch.backends.cudnn.deterministic, torch.backends.cudnn.allow_tf32 = True, False
 

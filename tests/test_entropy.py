@@ -1,5 +1,6 @@
 """log|det dF/de_0| and the estimators of log q_s(e_K), against closed forms, 50-digit arithmetic and each other."""
 
+import copy
 import math
 import re
 
@@ -328,6 +329,54 @@ def test_backwards_finds_the_start_of_the_chain(small_posterior, masked):
     assert not torch.allclose(other.initial, chain.initial)
 
 
+def in_single(posterior):
+    """The same images, weights and mask in float32."""
+    mask = None if posterior.mask is None else posterior.mask.float()
+    return srlib.Posterior(copy.deepcopy(posterior.generator).float(), posterior.x.float(), posterior.sigma, mask)
+
+
+def in_double(posterior):
+    """The float32 numbers of a posterior, computed with in float64."""
+    mask = None if posterior.mask is None else posterior.mask.double()
+    return srlib.Posterior(copy.deepcopy(posterior.generator).double(), posterior.x.double(), posterior.sigma, mask)
+
+
+@pytest.mark.parametrize("n_steps, s, stretch", [(3, 2e-3, 1.0), (40, 0.02, 10.0)], ids=["top-down", "stiff"])
+def test_semi_implicit_of_a_float32_system_is_that_of_the_same_weights_in_float64(small_posterior, n_steps, s, stretch):
+    """The second where going back stretches rounding errors, so that float32 would not do on the way."""
+    stiff = saturating_posterior(pixels=6, latents=3, scale=0.5, sigma=0.3, n=4)
+    single = in_single(small_posterior(True) if stretch == 1 else stiff)
+    double = in_double(single)
+    chain = run(single, n_steps, s)
+    noises = further_noises(chain, 3).float()
+    exact_chain = srlib.short_run(
+        double, n_steps, chain.step_size.double(), chain.initial.double(), chain.noise.double()
+    )
+    back = entropy.backwards(single, chain.final, chain.step_size, noises[0])
+    exact = entropy.backwards(double, chain.final.double(), chain.step_size.double(), noises[0].double())
+    smallest = torch.linalg.eigvalsh(entropy.step_jacobians(double, exact)).abs().amin(-1)
+    assert (1 / smallest).prod(0).max() > stretch
+    assert back.initial.dtype == torch.float32 and torch.equal(back.final, chain.final)
+    torch.testing.assert_close(back.trajectory.double(), exact.trajectory, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(
+        entropy.semi_implicit(single, chain, noises),
+        entropy.semi_implicit(double, exact_chain, noises.double()),
+        rtol=0,
+        atol=1e-5,
+    )
+
+
+def test_a_gradient_in_s_of_a_float32_system_comes_through_the_way_back():
+    single, gradients = in_single(saturating_posterior(pixels=6, latents=3, scale=0.5, sigma=0.3, n=4)), []
+    first = run(single, 3, 1e-2)
+    for posterior, dtype in ((single, torch.float32), (in_double(single), torch.float64)):
+        s = torch.tensor(1e-2, dtype=dtype, requires_grad=True)
+        chain = srlib.short_run(posterior, 3, s, first.initial.to(dtype), first.noise.to(dtype))
+        value = entropy.semi_implicit(posterior, chain, further_noises(first, 2).to(dtype))
+        gradients.append(torch.autograd.grad(value.sum(), s)[0].double())
+    torch.testing.assert_close(*gradients, rtol=1e-3, atol=0)
+
+
 def test_backwards_refuses_steps_without_an_inverse(linear_posterior):
     posterior = linear_posterior(1)
     chain = run(posterior, 3, 1.5 / largest_curvature(posterior))
@@ -417,6 +466,60 @@ def test_deterministic_chains_have_no_noise_to_count(linear_posterior, estimator
     with pytest.raises(ValueError, match=message):
         getattr(entropy, estimator)(posterior, chain)
     assert entropy.change_of_variables(posterior, chain).isfinite().all()
+
+
+@pytest.mark.parametrize("estimator", ["semi_implicit", "equation_17"])
+def test_deterministic_chains_have_no_noise_to_average_over(linear_posterior, estimator):
+    posterior = linear_posterior(1)
+    chain = run(posterior, 2, 1e-2, deterministic=True)
+    noises = torch.zeros(1, 2, 1, 3, dtype=torch.float64)
+    with pytest.raises(ValueError, match="no noise to average over; use change_of_variables"):
+        getattr(entropy, estimator)(posterior, chain, noises)
+
+
+@pytest.mark.parametrize("estimator", ["semi_implicit", "equation_17"])
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (lambda noises: noises.float(), "torch.float32; this chain needs .* torch.float64"),
+        (lambda noises: noises.tolist(), "noises=.* must be a tensor"),
+        (lambda noises: noises * math.inf, "noises holds NaN or infinite"),
+    ],
+)
+def test_further_noises_are_of_the_chains_kind(linear_posterior, estimator, change, message):
+    posterior = linear_posterior(1)
+    chain = run(posterior, 2, 1e-3)
+    with pytest.raises(ValueError, match=message):
+        getattr(entropy, estimator)(posterior, chain, change(further_noises(chain, 2)))
+
+
+@pytest.mark.parametrize("estimator", ["change_of_variables", "linear_noise", "path", "path_gaussian"])
+def test_what_is_no_chain_of_these_images_is_refused_by_every_estimator(linear_posterior, estimator):
+    posterior, function = linear_posterior(2), getattr(entropy, estimator)
+    with pytest.raises(ValueError, match=r"e has shape \(3, 3\), these 2 images need \[2, 3\]"):
+        function(posterior, run(linear_posterior(3), 2, 1e-3))
+    with pytest.raises(ValueError, match="chain is a Tensor; give what `short_run` returns"):
+        function(posterior, run(posterior, 2, 1e-3).final)
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (dict(final=torch.zeros(3, 3).double()), r"e has shape \(3, 3\), these 2 images"),
+        (dict(noise=torch.zeros(2, 3, 3).double()), r"noise is torch.float64 \(2, 3, 3\), to go back from"),
+        (dict(noise=torch.zeros(2, 2, 3)), "noise is torch.float32"),
+        (dict(noise=torch.zeros(0, 2, 3).double()), r"noise is torch.float64 \(0, 2, 3\)"),
+        (dict(step_size=-1.0), "step_size=-1.0 must be positive"),
+        (dict(tolerance=0.0), "tolerance=0.0"),
+        (dict(n_max=0), "n_max=0"),
+    ],
+)
+def test_backwards_names_what_does_not_fit(linear_posterior, change, message):
+    posterior = linear_posterior(2)
+    chain = run(posterior, 2, 1e-3)
+    arguments = dict(final=chain.final, step_size=1e-3, noise=chain.noise) | change
+    with pytest.raises(ValueError, match=message):
+        entropy.backwards(posterior, **arguments)
 
 
 @pytest.mark.parametrize("chunk_size", [0, -1])

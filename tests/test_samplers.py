@@ -163,3 +163,23 @@ def test_arguments_that_do_not_fit_are_named(linear_posterior, arguments, messag
 def test_mala_rejects_a_negative_step_size(linear_posterior):
     with pytest.raises(ValueError, match="positive and finite"):
         mala(linear_posterior(n=3), 2, -0.1)
+
+
+@pytest.mark.parametrize("sampler", [mala, hmc])
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (dict(step_size=True), "step_size=True must be a number"),
+        (dict(step_size=torch.tensor(True)), r"step_size=tensor\(True\) must be a number"),
+        (dict(step_size=-1), "step_size=-1 must be positive"),
+        (dict(step_size=math.nan), "step_size=nan must be positive"),
+        (dict(step_size="0.1"), "step_size='0.1' must be a number"),
+        (dict(step_size=torch.full((4,), 0.1)), r"step_size has shape \(4,\)"),
+        (dict(n_steps=True), "n_steps=True must be a whole number"),
+        (dict(rng=3), "rng=3 must be a torch.Generator"),
+        (dict(initial=[[0.0] * 3] * 3), r"e=\[\[0.0, .* must be a tensor \[3, 3\]"),
+    ],
+)
+def test_both_samplers_name_the_value_that_does_not_fit(linear_posterior, sampler, arguments, message):
+    with pytest.raises(ValueError, match=message):
+        sampler(linear_posterior(n=3), **(dict(n_steps=2, step_size=0.1) | arguments))

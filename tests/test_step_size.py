@@ -249,6 +249,16 @@ def test_the_result_gives_curve_error_and_what_it_cannot_tell_apart():
     assert result.local_minima == [1]
 
 
+@pytest.mark.parametrize(
+    "curve, minima",
+    [([0, 2, 1, 2, 0], [2]), ([1, 2, 3], []), ([2, 1, 1, 2], []), ([1, 0], []), ([1], []), ([3, 1, 2, 0, 4], [1, 3])],
+)
+def test_local_minima_have_two_neighbours(curve, minima):
+    """An end of the grid, be it the lowest of all, says that the grid is too short and is none."""
+    values = torch.tensor(curve, dtype=torch.float64)[:, None]
+    assert srlib.StepSizeResult(torch.tensor(1.0), torch.arange(1.0, len(curve) + 1), values).local_minima == minima
+
+
 def test_one_image_has_an_objective_and_no_error(linear_posterior):
     found = srlib.grid_search_step_size(linear_posterior(1), [1e-3, 2e-3], 3, rng=seeded())
     assert found.standard_error.isnan().all() and found.objective.isfinite().all()
@@ -388,6 +398,29 @@ def test_one_iteration_is_one_step_that_is_taken_if_it_helps(linear_posterior):
     assert found.step_size.item() == pytest.approx(1e-3 * math.exp(0.1)) and found.best == 1
 
 
+def test_a_descent_needs_no_gradient_mode(linear_posterior):
+    posterior = linear_posterior(2)
+    expected = srlib.descend_step_size(posterior, 1e-3, 3, n_iterations=3, rng=seeded())
+    with torch.no_grad():
+        found = srlib.descend_step_size(posterior, 1e-3, 3, n_iterations=3, rng=seeded())
+        assert not torch.is_grad_enabled()
+    assert torch.equal(found.candidates, expected.candidates) and torch.equal(found.values, expected.values)
+    with torch.inference_mode(), pytest.raises(ValueError, match=r"use torch\.no_grad"):
+        srlib.descend_step_size(posterior, 1e-3, 3, n_iterations=3, rng=seeded())
+
+
+def test_step_sizes_and_random_numbers_may_come_from_a_graph(linear_posterior):
+    """Nothing is differentiated in what the caller gave, nor does the result hold on to it."""
+    posterior, s = linear_posterior(2), torch.tensor(1e-3, dtype=torch.float64, requires_grad=True)
+    common = tuple(2 * noise(*sizes).requires_grad_() for sizes in ((2,), (3, 2)))
+    options = dict(n_steps=3, estimator="path", common=common)
+    for found in (
+        srlib.grid_search_step_size(posterior, [s, 2 * s], **options),
+        srlib.descend_step_size(posterior, 2 * s, n_iterations=2, **options),
+    ):
+        assert not found.values.requires_grad and not found.step_size.requires_grad
+
+
 def test_descent_comes_back_from_steps_where_the_chain_diverges(linear_posterior):
     posterior = linear_posterior(2)
     start = 0.5 / curvatures(posterior).max().item()
@@ -465,19 +498,35 @@ def test_the_callers_generator_and_torchs_random_state_are_left_alone(linear_pos
         (lambda p: srlib.descend_step_size(p, torch.ones(7), share="step"), r"initial has shape \(7,\)"),
         (lambda p: srlib.descend_step_size(p, 1e-3, 2.5, "step"), "n_steps=2.5 must be a whole number"),
         (lambda p: srlib.descend_step_size(p, 1e-3 * torch.arange(1, 4), share="layer"), r"initial has shape \(3,\)"),
-        (lambda p: srlib.kl_objective(p, 1e-3, 2, noise=noise(3, 2)), r"noise, eps, .* \(3, 2, 3\), .* \(2, 2, 3\)"),
+        (lambda p: srlib.kl_objective(p, 1e-3, 2, noise=noise(3, 2)), r"noise \(eps\) .* \(3, 2, 3\), .* \(2, 2, 3\)"),
         (
             lambda p: srlib.descend_step_size(p, 1e-3, 2, common=noise(2, 2)),
             "common is a Tensor, it must be the pair e_0, eps",
         ),
+        (
+            lambda p: srlib.descend_step_size(p, 1e-3, 2, common=(noise(2).tolist(), noise(2, 2))),
+            r"initial \(e_0\)=\[\[0.0, .* must be a tensor",
+        ),
+        (lambda p: srlib.kl_objective(p, 1e-3, 2, initial=noise(2).tolist()), r"initial \(e_0\)=.* must be a tensor"),
+        (lambda p: srlib.kl_objective(p, 1e-3, 2, noise=math.nan * noise(2, 2)), r"noise \(eps\) holds NaN"),
+        (lambda p: srlib.kl_objective(p, 1e-3, 2, rng=3), "rng=3 must be a torch.Generator"),
+        (lambda p: srlib.kl_objective(p, 1e-3, 2, rng=0), "rng=0 must be a torch.Generator"),
+        (lambda p: srlib.grid_search_step_size(p, [1e-3], 2, rng=3), "rng=3 must be a torch.Generator"),
+        (lambda p: srlib.descend_step_size(p, 1e-3, 2, rng=3), "rng=3 must be a torch.Generator"),
+        (lambda p: step_size.moment_matched(24, 3, 3, 3), "rng=3 must be a torch.Generator"),
+        (lambda p: srlib.StepSizeSearch()(p, 1e-3, 3, 3), "rng=3 must be a torch.Generator"),
+        (lambda p: srlib.grid_search_step_size(p, [True]), "candidates: True must be a number"),
+        (lambda p: srlib.grid_search_step_size(p, [None]), "candidates: None must be a number"),
+        (lambda p: srlib.descend_step_size(p, True), "initial: True must be a number"),
+        (lambda p: srlib.descend_step_size(p, "1"), "initial: '1' must be a number"),
         (lambda p: srlib.grid_search_step_size(p, [1e-3], 2, common=(noise(2),)), "must be the pair e_0, eps"),
         (
             lambda p: srlib.grid_search_step_size(p, [1e-3], 2, n_chains=2, common=(noise(2), noise(2, 2))),
-            r"initial, e_0, is torch.float64 \(2, 3\), these chains need torch.float64 \(4, 3\)",
+            r"initial \(e_0\) is torch.float64 \(2, 3\), these chains need torch.float64 \(4, 3\)",
         ),
         (
             lambda p: srlib.descend_step_size(p, 1e-3, 2, common=(noise(2), noise(2, 2).float())),
-            r"noise, eps, is torch.float32 \(2, 2, 3\), these chains need torch.float64 \(2, 2, 3\)",
+            r"noise \(eps\) is torch.float32 \(2, 2, 3\), these chains need torch.float64 \(2, 2, 3\)",
         ),
         (lambda p: srlib.descend_step_size(p, 1e-3, n_iterations=0), "n_iterations=0"),
         (lambda p: srlib.descend_step_size(p, 1e-3, learning_rate=0.0), "learning_rate=0.0"),

@@ -331,7 +331,7 @@ class Glow(System):
         check_whole("batch_size", batch_size)
         if len(images) < 2:
             raise ValueError(f"{len(images)} images cannot fix a variance; give at least 2")
-        e = distributed.mapped(lambda batch: self.infer(self.as_input(batch)), images, batch_size)
+        e = distributed.mapped(lambda batch: self.infer(self.as_input(batch)), images.split(batch_size))
         self.aggregate_mean.copy_(e.mean(0))
         self.aggregate_scale.copy_(e.std(0))
         self.aggregate_count.fill_(len(images))

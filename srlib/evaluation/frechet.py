@@ -31,7 +31,7 @@ from torch import Tensor, nn
 
 from .. import checkpoints, distributed
 from ..data import to_uint8, to_unit_range
-from ..generators import check_whole
+from ..generators import check_rng, check_tensor, check_whole
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -128,7 +128,7 @@ def features(
             return network(to_unit_range(batch))
 
     with torch.no_grad():
-        return distributed.mapped(lambda batch: encode(batch.to(device)).double().cpu(), images, batch_size)
+        return distributed.mapped(lambda batch: encode(batch.to(device)).double().cpu(), images.split(batch_size))
 
 
 def frechet_distance(real: Tensor, generated: Tensor) -> float:
@@ -145,7 +145,14 @@ def frechet_distance(real: Tensor, generated: Tensor) -> float:
 
 def gaussian_frechet_distance(mean: Tensor, covariance: Tensor, other_mean: Tensor, other_covariance: Tensor) -> float:
     """The Fréchet distance of N(mean [f], covariance [f, f]) and another Gaussian; covariances may be singular."""
-    return _frechet(*(t.double() for t in (mean, covariance, other_mean, other_covariance))).item()
+    given = dict(mean=mean, covariance=covariance, other_mean=other_mean, other_covariance=other_covariance)
+    for name, t in given.items():
+        check_tensor(name, t)
+        if mean.ndim != 1 or t.shape != mean.shape * (2 if "covariance" in name else 1):
+            raise ValueError(
+                f"mean has shape {tuple(mean.shape)} and {name} {tuple(t.shape)}; give means [f], covariances [f, f]"
+            )
+    return _frechet(*(t.double() for t in given.values())).item()
 
 
 def kernel_distance(real: Tensor, generated: Tensor) -> float:
@@ -163,6 +170,7 @@ def bootstrap_standard_errors(
     """
     real, generated = _checked(real, generated)
     check_whole("n_bootstrap", n_bootstrap, 2)
+    check_rng(rng)
     w, v = (_resampled(len(x), n_bootstrap, rng) for x in (real, generated))
     kernel = _kernel(real, generated, w, v).std().item()
     if _shortage(real, generated):
@@ -183,6 +191,7 @@ def frechet_bias(real: Tensor, generated: Tensor, rng: torch.Generator, n_halvin
     """
     real, generated = _checked(real, generated)
     check_whole("n_halvings", n_halvings)
+    check_rng(rng)
     least = IMAGES_PER_DIMENSION_OF_PARTS * real.shape[1]
     order, other_order = (torch.randperm(len(x), generator=rng) for x in (real, generated))
     counts: list[int] = []
@@ -274,7 +283,7 @@ def _distances(
 def _network_name(name: str) -> str:
     if name == INCEPTION:
         return name
-    if name not in NETWORKS:
+    if name not in tuple(NETWORKS):
         raise ValueError(f"there is no network for {name!r}; there are: {', '.join(NETWORKS)}, {INCEPTION}")
     return NETWORKS[name]
 
@@ -290,7 +299,8 @@ def _network(network_name: str) -> tuple[nn.Module, dict[str, Any]]:
             f"the network {network_name!r} is not trained: run python benchmarks/feature_networks.py {network_name}"
         )
     tensors, metadata = checkpoints.load(_network_file(network_name))
-    network = Encoder(tuple(metadata["image_shape"]), metadata["dim"])
+    with torch.random.fork_rng(devices=[]):  # the weights that it starts with are replaced
+        network = Encoder(tuple(metadata["image_shape"]), metadata["dim"])
     network.load_state_dict(tensors)
     return network.eval(), metadata
 
@@ -346,6 +356,8 @@ def _sha256(path: Path) -> str:
 
 
 def _quantised(images: Tensor) -> Tensor:
+    if not isinstance(images, Tensor):
+        raise ValueError(f"images are a {type(images).__name__}; give a tensor [n, C, H, W]")
     if images.ndim != 4 or not len(images):
         raise ValueError(f"images have shape {tuple(images.shape)}; give [n, C, H, W] with n > 0")
     if images.dtype == torch.uint8:
@@ -359,6 +371,8 @@ def _quantised(images: Tensor) -> Tensor:
 
 def _checked(real: Tensor, generated: Tensor) -> tuple[Tensor, Tensor]:
     for name, x in (("real", real), ("generated", generated)):
+        if not isinstance(x, Tensor):
+            raise ValueError(f"{name} features are a {type(x).__name__}; give a tensor [n, f]")
         if x.ndim != 2 or len(x) < 2:
             raise ValueError(f"{name} features have shape {tuple(x.shape)}; give [n, f] with n > 1")
         if not x.isfinite().all():

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..generators import Generator, check_whole, randn_like, uniform_like
+from ..generators import Generator, check_positive, check_tensor, check_whole, randn_like, uniform_like
 from ..posterior import Posterior
 from ..samplers import State, evaluate, hmc_step
 
@@ -126,6 +126,7 @@ def reverse_annealed_importance_sampling(
     """
     check_whole("n_chains", n_chains, 2)
     _check_annealing(annealing, posterior)
+    check_tensor("exact_sample", exact_sample)
     start = posterior.validated(exact_sample).detach().repeat_interleave(n_chains, 0)
     copies = posterior.repeated(n_chains)
     state = evaluate(copies, start)
@@ -169,6 +170,7 @@ def simulate(
     generator: Generator, n: int, sigma: float, rng: torch.Generator | None = None, mask: Tensor | None = None
 ) -> tuple[Posterior, Tensor]:
     """n images x ~ p(x | e), e ~ p(e): their posterior, and e [n, d], an exact draw from it."""
+    check_positive("sigma", sigma)
     e = generator.sample_prior(n, rng)
     with torch.no_grad():
         image = generator(e)
@@ -215,6 +217,8 @@ def tune_annealing(
 
 def _check_annealing(annealing: Annealing, posterior: Posterior) -> None:
     """Its step sizes belong to the images it was tuned on, in their order."""
+    if not isinstance(annealing, Annealing):
+        raise ValueError(f"annealing is a {type(annealing).__name__}; give what tune_annealing returns")
     n = annealing.leapfrog_step.shape[1]
     if n != len(posterior):
         raise ValueError(

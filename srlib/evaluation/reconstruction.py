@@ -10,28 +10,38 @@ import torch
 from torch import Tensor
 
 from .. import distributed
-from ..system import System
+from ..generators import check_tensor
+from ..system import System, in_batches
 
 
 def reconstructions(system: System, images: Tensor, rng: torch.Generator, batch_size: int = 250) -> Tensor:
     """One reconstruction of each image [n, C, H, W] (uint8, or floats in [-1, 1]), as floats on the CPU."""
-    return distributed.mapped(
-        lambda batch: system.reconstruct(system.as_input(batch), rng=rng).cpu(), images, batch_size
-    )
+
+    def reconstructed(batch: Tensor) -> Tensor:
+        return system.reconstruct(system.as_input(batch), rng=rng).cpu()
+
+    return distributed.mapped(reconstructed, in_batches(images, batch_size))
 
 
 def inference_seconds(system: System, images: Tensor, batch_size: int = 100) -> float:
     """Wall seconds per image of `infer` for images [n, C, H, W] in batches: the median over at most five batches."""
-    timed = []
-    for batch in images.split(batch_size)[:5]:
+    timed, rng = [], torch.Generator()  # without it, torch's global state would move on
+    for batch in in_batches(images, batch_size)[:5]:
         x, started = system.as_input(batch), time.perf_counter()
-        system.infer(x).sum().item()  # .item(): a GPU has then finished
+        system.infer(x, rng=rng).sum().item()  # .item(): a GPU has then finished
         timed.append((time.perf_counter() - started) / len(batch))
     return statistics.median(timed)
 
 
 def squared_error(images: Tensor, reconstructed: Tensor) -> Tensor:
     """Mean squared error per pixel of each image: [n], for images in [-1, 1] (a quarter of it on [0, 1])."""
+    check_tensor("images", images)
+    check_tensor("reconstructed", reconstructed)
+    if images.shape != reconstructed.shape or not (images.is_floating_point() and reconstructed.is_floating_point()):
+        raise ValueError(
+            f"images are {images.dtype} {tuple(images.shape)} and reconstructed {reconstructed.dtype} "
+            f"{tuple(reconstructed.shape)}; both must be floats of one shape"
+        )
     return (images - reconstructed).square().flatten(1).mean(1)
 
 

@@ -48,7 +48,9 @@ def evaluate(
     scores |= {name: torch.cat(values).mean().item() for name, values in parts.items()}
     real, device = dataset.train.images[:n_samples], str(next(system.parameters()).device)
     for source in get_args(Source):
-        generated = distributed.mapped(lambda x, source=source: system.sample(len(x), source, rng).cpu(), real, BATCH)
+        generated = distributed.mapped(
+            lambda x, source=source: system.sample(len(x), source, rng).cpu(), real.split(BATCH)
+        )
         for key, network in ((f"samples_{source}", dataset.name), (f"samples_{source}_{INCEPTION}", INCEPTION)):
             try:
                 scores[key] = evaluate_samples(network, real, generated, rng, device=device)
