@@ -426,9 +426,10 @@ def _read_mat(path: Path) -> tuple[Tensor, Tensor]:
     """One of SVHN's .mat files: images [n, 3, 32, 32] and labels [n], with 0 for the digit 0 (there: 10)."""
     if not path.exists():
         raise DatasetUnavailable(f"{path} is missing; srlib.load('svhn', download=True) fetches the whole dataset")
+    content = _content(path)
     try:
-        found = dict(_mat_arrays(_content(path)))
-    except (struct.error, zlib.error, OSError, ValueError) as error:
+        found = dict(_mat_arrays(content))
+    except (struct.error, zlib.error, ValueError) as error:
         raise DataError(f"{path} cannot be read ({error}); fetch it again") from error
     images, labels = found.get("X", np.empty(0)), found.get("y", np.empty(0))
     n = images.shape[-1]

@@ -445,7 +445,7 @@ def test_absurd_mat_header_is_refused_before_memory_is_taken(tmp_path):
 
 def test_a_mat_file_that_inflates_without_end_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(data, "LARGEST_FILE", 2**16)
-    write_svhn(tmp_path / "svhn")
+    write_svhn(tmp_path / "svhn", X=np.zeros((32, 32, 3, 30), np.uint8))
     with pytest.raises(data.DataError, match="inflates to more than 65536"):
         data._read_mat(tmp_path / "svhn" / "train_32x32.mat")
 
