@@ -10,8 +10,10 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import math
 import os
 import tempfile
+from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +23,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 METADATA_KEY = "srlib"
+LARGEST_YAML = 2**20  # bytes
 
 
 class CheckpointError(ValueError):
@@ -69,35 +72,65 @@ def load(path: str | os.PathLike[str], device: str = "cpu") -> tuple[dict[str, T
     Raises:
         CheckpointError: the file is missing, truncated, or was not written by `save`.
     """
-    from safetensors import SafetensorError, safe_open
+    from safetensors import safe_open
 
     try:
         with safe_open(path, framework="pt", device=device) as file:
-            header = file.metadata() or {}
-            if METADATA_KEY not in header:
+            metadata = json.loads((file.metadata() or {}).get(METADATA_KEY, "null"))
+            if not isinstance(metadata, dict):
                 raise CheckpointError(f"{path} has no srlib metadata: it was not written by srlib.checkpoints.save")
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
-            return tensors, json.loads(header[METADATA_KEY])
+            return {name: file.get_tensor(name) for name in file.keys()}, metadata  # noqa: SIM118 (not a mapping)
     except FileNotFoundError:
         raise CheckpointError(f"there is no checkpoint {path}") from None
-    except (SafetensorError, OSError, json.JSONDecodeError) as error:
+    except CheckpointError:
+        raise
+    except Exception as error:  # SafetensorError, and what torch and json raise for sizes and depths beyond them
         raise CheckpointError(f"{path} is truncated or no checkpoint ({error}); delete it and run again") from error
 
 
-class _UniqueKeys(yaml.SafeLoader):
-    """A YAML loader that refuses a key given twice, of which it would silently take the last."""
+class _Loader(yaml.SafeLoader):
+    """Refuses a key given twice, of which YAML takes the last, and aliases that stand for more than a file may hold."""
+
+    def get_single_node(self) -> yaml.Node | None:
+        root = super().get_single_node()
+        if root is not None and _expanded(root, {}) > LARGEST_YAML:
+            raise yaml.constructor.ConstructorError(None, None, "aliases stand for too much", root.start_mark)
+        return root
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        keys = [key.value for key, _ in node.value if key.value != "<<"]  # before merged ones are added
-        twice = sorted({key for key in keys if keys.count(key) > 1})
+        # before merged ones are added
+        keys = Counter(key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode) and key.value != "<<")
+        twice = sorted(key for key, count in keys.items() if count > 1)
         if twice:
             raise yaml.constructor.ConstructorError(None, None, f"{', '.join(twice)} given twice", node.start_mark)
         return super().construct_mapping(node, deep)
 
 
+def _expanded(node: yaml.Node, known: dict[int, float]) -> float:
+    """The length of what `node` stands for with its aliases written out; infinite where one is inside itself."""
+    if id(node) not in known:
+        known[id(node)] = math.inf
+        items = [] if isinstance(node, yaml.ScalarNode) else node.value
+        parts = [part for item in items for part in (item if isinstance(item, tuple) else (item,))]
+        own = len(node.value) if isinstance(node, yaml.ScalarNode) else 1
+        known[id(node)] = own + sum(_expanded(part, known) for part in parts)
+    return known[id(node)]
+
+
 def read_yaml(path: str | os.PathLike[str]) -> Any:
-    """The content of a YAML file. Raises `yaml.YAMLError` where it is none, or gives a key twice."""
-    return yaml.load(Path(path).read_text(encoding="utf-8"), _UniqueKeys)  # a SafeLoader
+    """The content of a YAML file.
+
+    Raises:
+        CheckpointError: it is none, gives a key twice, or is longer than `LARGEST_YAML` bytes, aliases written out.
+    """
+    with open(path, "rb") as file:
+        content = file.read(LARGEST_YAML + 1)
+    if len(content) > LARGEST_YAML:
+        raise CheckpointError(f"{path} is longer than {LARGEST_YAML} bytes; a configuration is much shorter")
+    try:
+        return yaml.load(content, _Loader)  # a SafeLoader
+    except Exception as error:  # YAMLError, and what its constructors raise for dates, numbers and depths that are none
+        raise CheckpointError(f"{path} is no YAML that can be read: {error}") from error
 
 
 def checksum(payload: dict[str, Any]) -> str:
@@ -136,7 +169,7 @@ def read_json(path: str | os.PathLike[str]) -> dict[str, Any]:
         actual = checksum(payload)
     except FileNotFoundError:
         raise CheckpointError(f"there is no result {path}; run what makes it") from None
-    except (OSError, ValueError, AttributeError) as error:
+    except (OSError, ValueError, AttributeError, RecursionError) as error:
         raise CheckpointError(f"{path} is truncated or not JSON ({error}); delete it and run again") from error
     if expected != actual:
         raise CheckpointError(f"{path} was edited: its checksum does not match what is in it; delete it and run again")

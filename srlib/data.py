@@ -22,11 +22,12 @@ import difflib
 import gzip
 import hashlib
 import importlib.util
+import io
 import math
 import os
 import struct
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -47,9 +48,9 @@ Parts = tuple[np.ndarray, np.ndarray, np.ndarray]  # indices of train, validatio
 
 CELEBA_SIZE = (178, 218)
 CELEBA_FIRST_OF_SPLIT = (162_771, 182_638)  # the official partition: the numbers of the first validation and test files
-DEFLATE_LIMIT = (
-    1032  # deflate compresses no better, so a header that promises more than this times the file size is false
-)
+# Deflate compresses no better, so a header that promises more than this times the file size is false.
+DEFLATE_LIMIT = 1032
+LARGEST_FILE = 2**29  # bytes, unpacked: no file of these datasets holds half as much
 
 MNIST_TERMS: dict[str, Any] = {"license": "CC BY-SA 3.0", "redistributable": True}
 SVHN_TERMS: dict[str, Any] = {"license": "non-commercial use only", "redistributable": False}
@@ -401,8 +402,8 @@ def _read_idx(path: Path, ndim: int) -> np.ndarray:
             raise DatasetUnavailable(f"{path} is missing; srlib.load('mnist', download=True) fetches the whole dataset")
         path = packed
     header_bytes = 4 + 4 * ndim
-    possible = path.stat().st_size * (DEFLATE_LIMIT if path.suffix == ".gz" else 1)
     try:
+        possible = min(LARGEST_FILE, path.stat().st_size * (DEFLATE_LIMIT if path.suffix == ".gz" else 1))
         with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
             header = file.read(header_bytes)
             if len(header) < header_bytes or header[:4] != bytes([0, 0, 8, ndim]):
@@ -410,7 +411,9 @@ def _read_idx(path: Path, ndim: int) -> np.ndarray:
             shape = struct.unpack(f">{ndim}I", header[4:])
             promised = math.prod(shape)
             if promised > possible:
-                raise DataError(f"{path} is truncated: its header promises {shape}, {promised} bytes; fetch it again")
+                raise DataError(
+                    f"{path} is truncated or absurd: its header promises {shape}, {promised} bytes; fetch it again"
+                )
             body = file.read(promised + 1)
     except (EOFError, OSError, zlib.error) as error:
         raise DataError(f"{path} cannot be read ({error}); fetch it again") from error
@@ -421,26 +424,67 @@ def _read_idx(path: Path, ndim: int) -> np.ndarray:
 
 def _read_mat(path: Path) -> tuple[Tensor, Tensor]:
     """One of SVHN's .mat files: images [n, 3, 32, 32] and labels [n], with 0 for the digit 0 (there: 10)."""
-    from scipy.io import loadmat, whosmat
-
     if not path.exists():
         raise DatasetUnavailable(f"{path} is missing; srlib.load('svhn', download=True) fetches the whole dataset")
+    content = _content(path)
     try:
-        found = {name: (shape, kind) for name, shape, kind in whosmat(path)}
-        (*image, n), kind = found.get("X", ((0,), ""))
-        possible = path.stat().st_size * DEFLATE_LIMIT
-        fits = image == [32, 32, 3] and kind == "uint8" and n * 3072 <= possible
-        if not fits or math.prod(found.get("y", ((0,), ""))[0]) != n:
-            raise DataError(f"{path} holds {found} instead of X (32, 32, 3, n) of uint8 and y (n, 1); fetch it again")
-        content = loadmat(path, variable_names=["X", "y"])
-        images, labels = content["X"].transpose(3, 2, 0, 1), content["y"].astype(np.int64).ravel()
-    except DataError:
-        raise
-    except Exception as error:  # scipy's reader raises many kinds of errors on damaged files
+        found = dict(_mat_arrays(content))
+    except (struct.error, zlib.error, ValueError) as error:
         raise DataError(f"{path} cannot be read ({error}); fetch it again") from error
-    if ((labels < 1) | (labels > 10)).any():
+    images, labels = found.get("X", np.empty(0)), found.get("y", np.empty(0))
+    n = images.shape[-1]
+    if images.shape != (32, 32, 3, n) or images.dtype != np.uint8 or labels.size != n:
+        shapes = {name: (array.shape, str(array.dtype)) for name, array in found.items()}
+        raise DataError(f"{path} holds {shapes} instead of X (32, 32, 3, n) of uint8 and y (n, 1); fetch it again")
+    if not ((labels >= 1) & (labels <= 10)).all():
         raise DataError(f"{path} has labels from {labels.min()} to {labels.max()} instead of 1 to 10; fetch it again")
-    return torch.from_numpy(np.ascontiguousarray(images)), torch.from_numpy(labels % 10)
+    pixels = np.ascontiguousarray(images.transpose(3, 2, 0, 1))
+    return torch.from_numpy(pixels), torch.from_numpy(labels.astype(np.int64).ravel() % 10)
+
+
+# scipy.io.loadmat takes the memory that a file promises before it looks whether the file is so long. Of the "MAT-File Level 5
+# File Format" (MathWorks) two arrays of numbers are little:
+MAT_TYPES = {1: "i1", 2: "u1", 3: "i2", 4: "u2", 5: "i4", 6: "u4", 7: "f4", 9: "f8"}
+MAT_MATRIX, MAT_COMPRESSED = 14, 15
+MAT_NUMBERS = range(6, 14)  # classes of arrays, from double to uint32: no text, structures or objects
+
+
+def _mat_arrays(content: bytes) -> Iterator[tuple[str, np.ndarray]]:
+    """Names and values of the arrays of real numbers in a .mat file. Raises ValueError, struct.error or zlib.error."""
+    order = {b"\0\1IM": "<", b"\1\0MI": ">"}.get(content[124:128])
+    if order is None:
+        raise ValueError("it is no MAT-file of level 5")
+    for kind, body in _mat_elements(memoryview(content)[128:], order):
+        if kind == MAT_COMPRESSED:
+            inflating = zlib.decompressobj()
+            whole = inflating.decompress(body, LARGEST_FILE)
+            if not inflating.eof:
+                raise ValueError(f"an element is truncated, or inflates to more than {LARGEST_FILE} bytes")
+            kind, body = next(_mat_elements(memoryview(whole), order), (0, body))
+        parts = list(_mat_elements(body, order)) if kind == MAT_MATRIX else []
+        if len(parts) != 4 or parts[0][1][0 if order == "<" else 3] not in MAT_NUMBERS or parts[3][0] not in MAT_TYPES:
+            continue
+        shape, name, values = (part for _, part in parts[1:])
+        array = np.frombuffer(values, order + MAT_TYPES[parts[3][0]])
+        sizes = struct.unpack(f"{order}{len(shape) // 4}i", shape)
+        if math.prod(sizes) != array.size or min(sizes, default=-1) < 0:
+            raise ValueError(f"an array of {array.size} numbers has the shape {sizes}")
+        yield bytes(name).decode(), array.reshape(sizes, order="F")
+
+
+def _mat_elements(content: memoryview, order: str) -> Iterator[tuple[int, memoryview]]:
+    """Types and bytes of the data elements that follow one another."""
+    at = 0
+    while at < len(content):
+        kind, size = struct.unpack_from(f"{order}II", content, at)
+        begin = at + 8
+        if kind >> 16:  # a small element: its size in the upper half of the type, its bytes in place of the size
+            kind, size, begin = kind & 0xFFFF, kind >> 16, at + 4
+        if begin + size > len(content):
+            raise ValueError(f"it is truncated: an element promises {size} bytes")
+        yield kind, content[begin : begin + size]
+        at = max(at + 8, begin + size)
+        at += -at % 8 if kind != MAT_COMPRESSED else 0
 
 
 def _image_files(name: str, folder: Path, pattern: str) -> list[Path]:
@@ -458,8 +502,8 @@ def _read_images(files: list[Path], size: tuple[int, int], side: int, prepare: C
     for i, file in enumerate(tqdm(files, "reading images", delay=10, leave=False)):
         try:
             # Only these two formats: others have decoders that start programs. open() reads the header alone, so the
-            # size is known before anything is decoded.
-            with Image.open(file, formats=("JPEG", "PNG")) as image:
+            # size is known before anything is decoded; and from memory no more is read than there is.
+            with Image.open(io.BytesIO(_content(file)), formats=("JPEG", "PNG")) as image:
                 if image.size != size:
                     raise DataError(f"{file} is {image.size[0]}x{image.size[1]}, this dataset has {size[0]}x{size[1]}")
                 images[i] = torch.from_numpy(np.array(prepare(image.convert("RGB")))).permute(2, 0, 1)
@@ -468,6 +512,13 @@ def _read_images(files: list[Path], size: tuple[int, int], side: int, prepare: C
         except Exception as error:  # PIL's readers raise many kinds of errors on damaged files
             raise DataError(f"{file} is no readable image ({error}); remove it or fetch it again") from error
     return images
+
+
+def _content(file: Path) -> bytes:
+    """The bytes of a file that is no longer than any of these datasets' files."""
+    if file.stat().st_size > LARGEST_FILE:
+        raise DataError(f"{file} is longer than {LARGEST_FILE} bytes; fetch it again")
+    return file.read_bytes()
 
 
 def _cache_folder() -> Path:

@@ -131,8 +131,11 @@ class Config:
                 f"every={self.every}: step_size_search={self.step_size_search!r} would never be done in n_updates={self.n_updates} "
                 "updates; make every smaller, or use none"
             )
-        with torch.device("meta"):  # every check of the system's parts, without memory or arithmetic
-            self._module().builder(self)(IMAGE_SHAPES[checked_name(self.dataset)])
+        try:
+            with torch.device("meta"):  # every check of the system's parts, without memory or arithmetic
+                self._module().builder(self)(IMAGE_SHAPES[checked_name(self.dataset)])
+        except RuntimeError as error:
+            raise ValueError(f"torch cannot make tensors of these sizes ({error}); choose smaller ones") from error
 
     @classmethod
     def from_dict(cls, given: Mapping[str, Any]) -> Config:
@@ -150,12 +153,12 @@ class Config:
     @classmethod
     def from_yaml(cls, path: Path | str) -> Config:
         """A configuration from a YAML file; errors name the file."""
+        given = checkpoints.read_yaml(path)
         try:
-            given = checkpoints.read_yaml(path)
             if not isinstance(given, dict):
                 raise ValueError("it must be a mapping of names to values")
             return cls.from_dict(given)
-        except (ValueError, yaml.YAMLError, UnicodeDecodeError) as error:
+        except ValueError as error:
             raise ValueError(f"{path}: {error}") from error
 
     def plan(self) -> TrainingPlan:
@@ -279,9 +282,12 @@ def _finished(directory: Path, config: Config) -> dict[str, Any]:
 def verified_metrics(directory: Path) -> dict[str, Any]:
     """The metrics of a finished run. Raises `CheckpointError` if they, or another file of the run, are not what it wrote."""
     metrics = checkpoints.read_json(directory / "metrics.json")
-    for name, written in metrics.get("files", {"model.safetensors": "not recorded"}).items():
+    files = metrics.get("files", {"model.safetensors": "not recorded"})
+    if not isinstance(files, dict) or not all(re.fullmatch(r"\w[\w.-]*", name) for name in files):
+        raise checkpoints.CheckpointError(f"{directory / 'metrics.json'} names files outside its run; run it again")
+    for name, written in files.items():
         path = directory / name
-        if not path.exists() or provenance.file_hash(path) != written:
+        if not path.is_file() or provenance.file_hash(path) != written:
             raise checkpoints.CheckpointError(f"{path} is missing or not the one that its run wrote; run it again")
     return metrics
 
@@ -297,11 +303,16 @@ def load_run(
     metrics = verified_metrics(directory)
     history = checkpoints.read_json(directory / "history.json")["history"]
     tensors, saved = checkpoints.load(directory / "model.safetensors", device)
+    if not isinstance(saved.get("config"), dict):
+        raise checkpoints.CheckpointError(f"{directory / 'model.safetensors'} holds no trained system")
     config = Config.from_dict(saved["config"])
     system = config.build(tuple(load(config.dataset).image_shape)).to(device)
     if snapshot is not None:
         tensors, _ = checkpoints.load(snapshot_file(directory, snapshot), device)
-    system.load_state_dict(tensors)
+    try:
+        system.load_state_dict(tensors)
+    except RuntimeError as error:
+        raise checkpoints.CheckpointError(f"{directory} holds the weights of another system ({error})") from error
     return system, metrics, history
 
 

@@ -56,9 +56,11 @@ def check_rng(rng: torch.Generator | None) -> None:
 
 
 def check_whole(name: str, value: int, least: int = 1) -> None:
-    """Raises ValueError unless `value` is a whole number of at least `least`."""
+    """Raises ValueError unless `value` is a whole number from `least` to 2^31 - 1, beyond which no count makes sense."""
     if isinstance(value, bool) or not isinstance(value, int) or value < least:
         raise ValueError(f"{name}={value!r} must be a whole number, at least {least}")
+    if value >= 2**31:
+        raise ValueError(f"{name} must be a whole number below 2^31")  # longer ones may be too long to print
 
 
 def check_positive(name: str, value: float) -> None:
@@ -295,13 +297,11 @@ def keep_signal(module: nn.Module) -> None:
 
 
 def _sizes(name: str, values: Sequence[int]) -> tuple[int, ...]:
-    sizes = tuple(values) if isinstance(values, Sequence) else (values,)
-    if (
-        not isinstance(values, Sequence)
-        or not sizes
-        or any(not isinstance(v, int) or isinstance(v, bool) or v < 1 for v in sizes)
-    ):
+    if not isinstance(values, Sequence) or isinstance(values, str) or not values:
         raise ValueError(f"{name}={values!r} must consist of positive whole numbers")
+    sizes = tuple(values)
+    for size in sizes:
+        check_whole(name, size)
     return sizes
 
 

@@ -426,9 +426,7 @@ def test_damaged_mat(tmp_path, damage):
         data.load("svhn", tmp_path)
 
 
-def test_absurd_mat_header_is_refused_before_reading(tmp_path, monkeypatch):
-    import scipy.io
-
+def test_absurd_mat_header_is_refused_before_memory_is_taken(tmp_path):
     write_svhn(tmp_path / "svhn", part="test")
     write_svhn(tmp_path / "svhn", compressed=False)
     path = tmp_path / "svhn" / "train_32x32.mat"
@@ -438,9 +436,18 @@ def test_absurd_mat_header_is_refused_before_reading(tmp_path, monkeypatch):
         assert content.count(small) == 1
         content = content.replace(small, huge)
     path.write_bytes(content)
-    monkeypatch.setattr(scipy.io, "loadmat", lambda *args, **kwargs: pytest.fail("it was read"))
+    tracemalloc.start()
     with pytest.raises(data.DataError, match="500000000"):
-        data.load("svhn", tmp_path)
+        data._read_mat(path)
+    assert tracemalloc.get_traced_memory()[1] < 2**20
+    tracemalloc.stop()
+
+
+def test_a_mat_file_that_inflates_without_end_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(data, "LARGEST_FILE", 2**16)
+    write_svhn(tmp_path / "svhn", X=np.zeros((32, 32, 3, 30), np.uint8))
+    with pytest.raises(data.DataError, match="inflates to more than 65536"):
+        data._read_mat(tmp_path / "svhn" / "train_32x32.mat")
 
 
 def test_svhn_without_its_test_file(tmp_path):
