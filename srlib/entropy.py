@@ -32,6 +32,8 @@ from .posterior import PRODUCTS_AT_ONCE, Posterior, basis_vectors, frozen
 
 # States whose Hessians are computed together. Many states with few vectors each are several times faster than few with many.
 STATES_AT_ONCE = 64
+# An inverse is given up when so many iterations did not halve what an iteration changes: at that rate thousands would follow.
+PATIENCE = 100
 
 
 class NoInverseError(ValueError):
@@ -261,7 +263,8 @@ def backwards(
     too, so that all is computed in float64, with a copy of a float32 generator; the chain has the dtype of `final`.
     Differentiable in `final` and `step_size`.
 
-    Raises `NoInverseError` where it does not converge to `tolerance`, relative to the largest latent, in `n_max` iterations.
+    Raises `NoInverseError` where it does not converge to `tolerance`, relative to the largest latent, in `n_max` iterations,
+    or so slowly that it will not.
     """
     check_positive("tolerance", tolerance)
     check_whole("n_max", n_max)
@@ -279,11 +282,16 @@ def backwards(
     for k in reversed(range(len(noise))):
         arrival = states[-1] - (2 * sizes[k]).sqrt() * noises[k]
         s, target, e = sizes[k].detach(), arrival.detach(), states[-1].detach()
-        for _ in range(n_max):
+        earlier = math.inf
+        for i in range(n_max):
             previous, e = e, target - s * exactly.score(e)
             change = (e - previous).abs().max() / (1 + e.abs().max())
             if not change > tolerance:
                 break
+            if i % PATIENCE == 0:
+                if change > 0.5 * earlier:
+                    break
+                earlier = change
         if not change <= tolerance:
             raise NoInverseError(
                 f"step {k} with step size {s.max():.3g} has no inverse that the iteration finds (last relative change "
