@@ -100,7 +100,10 @@ def load_profile(name: str, seeds: list[int] | None = None, root: Path = ROOT) -
     if not re.fullmatch(r"[\w-]+", name) or not path.exists():
         known = sorted(found.stem for found in path.parent.glob("*.yaml"))
         raise PipelineError(f"unknown profile {name!r}; there are: {', '.join(known)}")
-    matrix = checkpoints.read_yaml(path)
+    try:
+        matrix = checkpoints.read_yaml(path)
+    except checkpoints.CheckpointError as error:
+        raise PipelineError(str(error)) from error
     _check_mapping(path, matrix, {"label", "by_priority", "estimates", "defaults", "runs", "chapters"})
     defaults = _entry(path, matrix, "defaults", {}, dict)
     by_priority = _entry(path, matrix, "by_priority", False, bool)
