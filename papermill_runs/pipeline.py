@@ -30,6 +30,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
+from html import escape
 from pathlib import Path
 from typing import Any
 
@@ -100,7 +101,10 @@ def load_profile(name: str, seeds: list[int] | None = None, root: Path = ROOT) -
     if not re.fullmatch(r"[\w-]+", name) or not path.exists():
         known = sorted(found.stem for found in path.parent.glob("*.yaml"))
         raise PipelineError(f"unknown profile {name!r}; there are: {', '.join(known)}")
-    matrix = checkpoints.read_yaml(path)
+    try:
+        matrix = checkpoints.read_yaml(path)
+    except checkpoints.CheckpointError as error:
+        raise PipelineError(str(error)) from error
     _check_mapping(path, matrix, {"label", "by_priority", "estimates", "defaults", "runs", "chapters"})
     defaults = _entry(path, matrix, "defaults", {}, dict)
     by_priority = _entry(path, matrix, "by_priority", False, bool)
@@ -264,7 +268,8 @@ def record_not_run(job: Job, reason: str) -> None:
     """Keep why a run could not be made, for the runs page, without a path of this machine."""
     root = os.environ.get("SRLIB_DATA")
     shown = reason.replace(str(Path(root)), "$SRLIB_DATA") if root else reason
-    checkpoints.write_json(job.output.with_name("not_run.json"), {"reason": shown})
+    if not_run(job) != shown:
+        checkpoints.write_json(job.output.with_name("not_run.json"), {"reason": shown})
 
 
 def execute(job: Job, profile: Profile) -> None:
@@ -274,6 +279,7 @@ def execute(job: Job, profile: Profile) -> None:
 
 
 def _execute(job: Job, profile: Profile) -> None:
+    import nbclient.exceptions
     import papermill
 
     wanted, started = key(job, profile), time.monotonic()
@@ -310,7 +316,7 @@ def _execute(job: Job, profile: Profile) -> None:
         if job.config is not None and error.ename in DIVERGED:
             shutil.rmtree(job.output.parent)
             job.output.parent.mkdir()
-            record = {"reason": error.evalue, "key": training_key(job)}
+            record = {"reason": error.evalue, "key": training_key(job), "config": job.parameters["config"]}
             checkpoints.write_json(job.output.with_name("diverged.json"), record)
             return
         partial.replace(failed)
@@ -319,11 +325,19 @@ def _execute(job: Job, profile: Profile) -> None:
             f"{job.name}: {error.ename}: {error.evalue} (see {failed})"
             + "".join(f"\nit reads a run without result: {text}" for text in without)
         ) from error
+    except nbclient.exceptions.DeadKernelError as error:
+        raise PipelineError(
+            f"{job.name}: its kernel was killed, perhaps for want of memory; calling again goes on where it was"
+        ) from error
     finally:
         source.unlink(missing_ok=True)
     executed = without_machine_traces(nbformat.read(partial, as_version=4))
     checkpoints.atomic_write(job.output, nbformat.writes(executed).encode())
-    for leftover in (partial, failed, begun):
+    # the last three: what a kill may have left of a training that had ended, and of a file that was being written
+    unfinished = [partial, failed, begun, *job.output.parent.glob(f".{job.output.name}.*.tmp")]
+    if job.config is not None:
+        unfinished += [training.resume_file(job.output.parent), *job.output.parent.glob(".*.tmp")]
+    for leftover in unfinished:
         leftover.unlink(missing_ok=True)
     record = {"key": wanted, "notebook": provenance.file_hash(job.output), "seconds": time.monotonic() - started}
     checkpoints.write_json(job.result, record | {"environment": provenance.environment()})
@@ -371,8 +385,8 @@ def without_machine_traces(notebook: nbformat.NotebookNode) -> nbformat.Notebook
     return notebook
 
 
-def run(profile: Profile, n_jobs: int, only: list[str]) -> list[str]:
-    """Bring all jobs up to date, `n_jobs` at a time; returns the names of those that failed."""
+def run(profile: Profile, n_jobs: int, only: list[str]) -> dict[str, str]:
+    """Bring all jobs up to date, `n_jobs` at a time; returns the names of those that failed, and how."""
     wanted = named(only, profile)
     launch = launch_words()
     chosen = [job for name, job in profile.jobs.items() if not only or name in wanted]
@@ -391,7 +405,7 @@ def run(profile: Profile, n_jobs: int, only: list[str]) -> list[str]:
     logs, started = profile.folder / "logs", time.monotonic()
     logs.mkdir(parents=True, exist_ok=True)
     running: dict[str, tuple[Job, subprocess.Popen, float]] = {}
-    finished, failed, missing = set(), [], set()  # missing: datasets that are not there
+    finished, failed, missing = set(), {}, set()  # missing: datasets that are not there
     before = {job.name: _outcome(job) for job in stale}
     try:
         while waiting or running:
@@ -399,19 +413,24 @@ def run(profile: Profile, n_jobs: int, only: list[str]) -> list[str]:
                 blocked = [n for n in job.needs if n in failed]
                 if blocked:
                     waiting.remove(job)
-                    failed.append(job.name)
-                    print(f"{job.name}  not started: {', '.join(blocked)} failed", flush=True)
+                    failed[job.name] = f"not started: {', '.join(blocked)} failed"
+                    print(f"{job.name}  {failed[job.name]}", flush=True)
                 elif len(running) < n_jobs and not any(profile.jobs[n] in waiting or n in running for n in job.needs):
                     waiting.remove(job)
                     command = [*launch, sys.executable, __file__, "execute"]
                     seeds = ["--seeds", ",".join(map(str, profile.seeds))] if profile.seeds is not None else []
-                    with (logs / f"{job.name}.log").open("wb") as log:
-                        child = subprocess.Popen(
-                            [*command, profile.name, job.name, *seeds],
-                            stdout=log,
-                            stderr=log,
-                            env={**os.environ, **ONE_THREAD, STARTED_BY: str(os.getpid())},
-                        )
+                    try:
+                        with (logs / f"{job.name}.log").open("wb") as log:
+                            child = subprocess.Popen(
+                                [*command, profile.name, job.name, *seeds],
+                                stdout=log,
+                                stderr=log,
+                                env={**os.environ, **ONE_THREAD, STARTED_BY: str(os.getpid())},
+                            )
+                    except OSError as error:  # a full disk: what runs may still come to its end
+                        failed[job.name] = f"not started: {error}"
+                        print(f"{job.name}  {failed[job.name]}", flush=True)
+                        continue
                     running[job.name] = (job, child, time.monotonic())
                     print(f"[  -/{len(stale)}] {job.name}  started", flush=True)
             for name, (job, child, begun) in list(running.items()):
@@ -427,14 +446,13 @@ def run(profile: Profile, n_jobs: int, only: list[str]) -> list[str]:
                 left = max([sum(ahead) / n_jobs, *ahead])
                 word = "done"
                 if child.returncode:
-                    failed.append(name)
+                    failed[name] = _last_words(logs / f"{name}.log", child.returncode)
                     word = f"FAILED, see {logs / (name + '.log')},"
                 elif _outcome(job) == before[name]:
-                    failed.append(name)
-                    word = (
-                        "FAILED: the command came back without a result; LAUNCH must wait until it is done "
-                        "(srun, not sbatch),"
+                    failed[name] = (
+                        "the command came back without a result; LAUNCH must wait until it is done (srun, not sbatch)"
                     )
+                    word = f"FAILED: {failed[name]},"
                 elif not_run(job):
                     word = "not run (no data),"
                 elif diverged(job):
@@ -454,6 +472,17 @@ def run(profile: Profile, n_jobs: int, only: list[str]) -> list[str]:
         for _, child, _ in running.values():
             child.wait()
     return failed
+
+
+def _last_words(log: Path, status: int) -> str:
+    """How a job failed, in a line, and where to read more."""
+    with contextlib.suppress(OSError):
+        lines = log.read_text(errors="replace").split("\n")
+        said = next((line for line in reversed(lines) if line.strip()), "")
+        if said:
+            return f"{said.removeprefix('pipeline: ')} ({log})"
+    how = f"killed by {signal.Signals(-status).name}" if status < 0 else f"ended with status {status}"
+    return f"{how} and said nothing ({log}); the disk has {shutil.disk_usage(log.parent).free / 1e6:.0f} MB free"
 
 
 def table(profile: Profile) -> str:
@@ -524,7 +553,13 @@ def locked(path: Path, refusal: str) -> Iterator[None]:
 
 def build_book(profile: Profile) -> Path:
     """Check all results, put the book together from executed notebooks and build it; returns index.html."""
-    book, target = profile.root / "book", profile.root / "book" / "_build" / profile.name
+    target = profile.root / "book" / "_build" / profile.name
+    with locked(target / ".lock", f"the book of the profile {profile.name} is being built by another process"):
+        return _build_book(profile, target)
+
+
+def _build_book(profile: Profile, target: Path) -> Path:
+    book = profile.root / "book"
     source = target / "source"
     made = [job for job in profile.jobs.values() if not absence(job)]
     without = [job.name for job in made if not job.result.exists()]
@@ -553,7 +588,7 @@ def build_book(profile: Profile) -> Path:
             equations = re.findall(r"^```\{math\}\n:label:.*?^```$", text, re.S | re.M)  # other chapters refer to them
             page.write_text("\n\n".join([title, told, *equations]) + "\n")
     (source / "runs").mkdir()
-    shown = [job for job in profile.runs if job.output.exists()]
+    shown = [job for job in profile.runs if job in made]
     for job in shown:
         nbformat.write(with_title(nbformat.read(job.output, as_version=4)), source / "runs" / f"{job.name}.ipynb")
     (source / "runs.md").write_text(runs_page(profile))
@@ -622,16 +657,16 @@ def runs_page(profile: Profile) -> str:
     processors: Counter[str] = Counter()
     for job in profile.runs:
         if reason := absence(job):
-            lines.append(f"| {job.name} | {job.config.dataset} | | {reason} | | | |")
+            lines.append(f"| {job.name} | {job.config.dataset} | | {_as_text(reason)} | | | |")
             continue
         metrics = checkpoints.read_json(job.output.with_name("metrics.json"))
         scores, config = metrics["scores"], metrics["config"]
         lines.append(
-            f"| [{job.name}](runs/{job.name}) | {config['dataset']} | {config['n_updates']} "
-            f"| {scores['mse']:.4f} ± {scores['mse_standard_error']:.4f} | {scores['n_images']} {scores['split']} images "
+            f"| [{job.name}](runs/{job.name}) | {_as_text(config['dataset'])} | {config['n_updates']:d} "
+            f"| {scores['mse']:.4f} ± {scores['mse_standard_error']:.4f} | {scores['n_images']:d} {_as_text(scores['split'])} images "
             f"| {metrics['seconds']['training']:.0f} | {_sources(job, profile)} |"
         )
-        processors[metrics["environment"]["processor"]] += 1
+        processors[_as_text(metrics["environment"]["processor"])] += 1
     lines += [
         "",
         "MSE is per pixel on $[-1, 1]$, with its standard error over images; seconds are those of the training, on ",
@@ -645,6 +680,11 @@ def runs_page(profile: Profile) -> str:
         if not absence(job)
     ]
     return "\n".join(lines) + "\n"
+
+
+def _as_text(found: str) -> str:
+    """What stood in a file, to be shown in a cell of a Markdown table as it is: no HTML, no other cell."""
+    return " ".join(escape(found).replace("|", "&#124;").split())
 
 
 def _sources(job: Job, profile: Profile) -> str:
@@ -712,11 +752,9 @@ def main(arguments: list[str] | None = None) -> int:
         with locked(profile.folder / ".lock", f"another run-all of the profile {profile.name} is at work"):
             failed = run(profile, given.jobs, given.only)
         if failed:
-            print(
-                f"{len(failed)} failed: " + ", ".join(f"{n} ({profile.folder / 'logs' / (n + '.log')})" for n in failed)
-            )
+            print("\n".join([f"{len(failed)} failed:", *(f"  {name}: {how}" for name, how in failed.items())]))
         return bool(failed)
-    except (PipelineError, checkpoints.CheckpointError) as error:
+    except (PipelineError, checkpoints.CheckpointError, OSError) as error:  # OSError: a full or read-only disk
         print(f"pipeline: {error}", file=sys.stderr)
         return 1
 

@@ -162,6 +162,13 @@ def finished_runs(results: Path, seeds: Iterable[int]) -> list[Run]:
     )
 
 
+def diverged_runs(results: Path) -> list[Run]:
+    """The runs of the tables whose training diverged, whatever their seed: configurations without scores."""
+    records = [(path, checkpoints.read_json(path)) for path in sorted(results.glob("*/diverged.json"))]
+    runs = [Run(path.parent, record) for path, record in records if "config" in record]
+    return [run for run in runs if _of_the_tables(run.config)]
+
+
 def score(runs: Iterable[Run], dataset: str, row: Row, read: Reader) -> Score | None:
     """What `read` finds in the metrics of this row's runs; None where there is none, "not run in this profile"."""
     found = [read(run.metrics) for run in runs if run.dataset == dataset and run.row == row]
@@ -182,13 +189,15 @@ def gap(score: Score, other: Score) -> Gap:
 
 
 def cell(runs: Iterable[Run], dataset: str, row: Row, read: Reader, digits: int = 4) -> str:
-    """A score as a table shows it, or why there is none."""
+    """A score as a table shows it, or why there is none; and how many of its trainings diverged."""
+    folders = {run.directory.parent for run in runs}
+    lost = [run for folder in folders for run in diverged_runs(folder) if (run.dataset, run.row) == (dataset, row)]
     found = score(runs, dataset, row, read)
     if found is None:
         there = any(run.dataset == dataset and run.row == row for run in runs)
-        return "no score" if there else "not run"
+        return "no score" if there else "diverged" if lost else "not run"
     error = "" if found.standard_error is None else f"{PLUS_MINUS}{found.standard_error:.{digits}f}"
-    return f"{found.value:.{digits}f}{error}"
+    return f"{found.value:.{digits}f}{error}" + (f" ({len(lost)} diverged)" if lost else "")
 
 
 def squared_error(metrics: dict[str, Any]) -> tuple[float, float | None] | None:
