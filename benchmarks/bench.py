@@ -26,9 +26,9 @@ from srlib import checkpoints, provenance
 
 HERE = Path(__file__).resolve().parent
 PARTS: dict[str, Callable[[Sizes], dict[str, Any]]] = {
-    "inner_loop": speed.inner_loop_part,
+    "inner_loop": speed.inner_loops,
     "compile": speed.compiling,
-    "peak": speed.peak_part,
+    "peak": speed.against_peak,
     "log_dets": costs.log_dets,
     "scaling": costs.scaling,
     "memory": costs.memory,

@@ -24,10 +24,17 @@ K = 25  # the paper's chain, for which the copy of the weights is made once
 NOT_WORTH_IT = 2.0  # bfloat16 that is so many times slower than float32 on a few images is not run on a batch
 PROBE_IMAGES = 2
 TARGETS = {"float32": 1.4, "bfloat16": 2.5, "fraction_of_peak": 0.6}  # bfloat16: on processors that are made for it
+# The library's forms: what `ours` is given. "float32" is the default.
+FORMS: dict[str, dict[str, Any]] = {
+    "without_frequencies": {"worth": 1e9},
+    "float32": {},
+    "frequencies_everywhere": {"worth": 1e-9},
+    "bfloat16": {"precision": "bfloat16"},
+}
 # Where a score spends its time, by the names of torch's operators; the first that fits counts.
 KINDS = {
     "convolutions": r"conv",
-    "matrix products": r"mm$|mm_|baddbmm|linear|mkldnn_matmul",
+    "matrix products": r"mm$|matmul|linear",
     "moving data": r"copy|clone|cat|reshape|contiguous|flip|pad|shuffle|to_|fill|zero|empty|resize",
     "elementwise": r"gelu|tanh|softplus|add|mul|div|sub|neg|sqrt|sum|ones",
 }
@@ -36,7 +43,7 @@ KINDS = {
 # --- (a) against the plain loop ---------------------------------------------------------------------------------------
 
 
-def inner_loop_part(sizes: Sizes) -> dict[str, Any]:
+def inner_loops(sizes: Sizes) -> dict[str, Any]:
     """Seconds of both sides and of each equal form, for each model and number of threads; ratios for chains of K steps."""
     settings = [
         measuring.in_child(chains, name, model, sizes, threads)
@@ -55,30 +62,28 @@ def inner_loop_part(sizes: Sizes) -> dict[str, Any]:
 
 
 def chains(name: str, model: Model, sizes: Sizes, threads: int) -> dict[str, Any]:
-    """Every form of the loop by turns, in this process."""
+    """Every form of the loop by turns, in this process; and what the copy costs that a chain makes once."""
     torch.set_num_threads(threads)
     posterior, n_steps = measuring.posterior(model, sizes.batch_size), sizes.n_steps[name]
-    forms = {
-        "plain": lambda: plain(posterior, n_steps),
-        "frozen": lambda: ours(posterior, n_steps, copied=False),
-        "without_frequencies": lambda: ours(posterior, n_steps, worth=1e9),
-        "float32": lambda: ours(posterior, n_steps),
-        "frequencies_everywhere": lambda: ours(posterior, n_steps, worth=1e-9),
-    }
     slower = bfloat16_slower(model)
-    if slower < NOT_WORTH_IT:
-        forms["bfloat16"] = lambda: ours(posterior, n_steps, precision="bfloat16")
-    times = by_turns(forms, sizes.rounds, sizes.budget)
-    copy = by_turns({"copy": lambda: inner_loop.accelerated(posterior)}, sizes.rounds, sizes.budget)["copy"]["median"]
+    forms = {form: given for form, given in FORMS.items() if form != "bfloat16" or slower < NOT_WORTH_IT}
+    sides = {"plain": lambda: plain(posterior, n_steps), "frozen": lambda: frozen_only(posterior, n_steps)}
+    sides |= {form: lambda given=given: ours(posterior, n_steps, **given) for form, given in forms.items()}
+    times = by_turns(sides, sizes.rounds, sizes.budget)
+    copies = by_turns(
+        {form: lambda given=given: copy_of(posterior, **given) for form, given in forms.items()},
+        sizes.rounds,
+        sizes.budget,
+    )
     for form, found in times.items():
-        once = 0.0 if form in ("plain", "frozen") else copy
+        once = copies[form]["median"] if form in copies else 0.0
+        found["copy"] = once
         found["per_step"] = once / K + max(found["median"] - once, 0.0) / n_steps  # in a chain of K steps
     return {
         "model": name,
         "shape": model._asdict(),
         "threads": threads,
         "timed_steps": n_steps,
-        "copy_seconds": copy,
         "bfloat16_slower_on_few_images": slower,
         "forms": times,
     }
@@ -105,13 +110,20 @@ def plain(posterior: srlib.Posterior, n_steps: int) -> None:
     plain_short_run(g, posterior.x, g.split(g.sample_prior(len(posterior))), n_steps, delta, SIGMA)
 
 
-def ours(
-    posterior: srlib.Posterior, n_steps: int, worth: float = inner_loop.WORTH, copied: bool = True, **fast: Any
-) -> None:
-    """`short_run`; copied=False leaves its copy of the generator out, so that its weights are frozen and nothing else."""
-    as_it_is = inner_loop.accelerated if copied else lambda posterior, *_: posterior
-    with mock.patch.object(inner_loop, "WORTH", worth), mock.patch.object(langevin, "accelerated", as_it_is):
+def frozen_only(posterior: srlib.Posterior, n_steps: int) -> None:
+    """`short_run` without its copy of the generator: the weights are frozen, and nothing else."""
+    with mock.patch.object(langevin, "accelerated", lambda posterior, *_: posterior):
+        srlib.short_run(posterior, n_steps, STEP_SIZE)
+
+
+def ours(posterior: srlib.Posterior, n_steps: int, worth: float | None = None, **fast: Any) -> None:
+    with mock.patch.object(inner_loop, "WORTH", worth or inner_loop.WORTH):
         srlib.short_run(posterior, n_steps, STEP_SIZE, **fast)
+
+
+def copy_of(posterior: srlib.Posterior, worth: float | None = None, **fast: Any) -> None:
+    with mock.patch.object(inner_loop, "WORTH", worth or inner_loop.WORTH):
+        inner_loop.accelerated(posterior, **fast)
 
 
 def bfloat16_slower(model: Model) -> float:
@@ -130,8 +142,8 @@ def compiling(sizes: Sizes) -> dict[str, Any]:
     """The small model alone: a wide one spends its time in products, which compiling leaves as they are."""
     try:
         return measuring.in_child(compiled, sizes, max(sizes.threads), limit=200.0)
-    except TimeoutError:
-        return {"reason": "not compiled within 200 seconds"}
+    except TimeoutError as error:
+        return {"reason": str(error)}
 
 
 def compiled(sizes: Sizes, threads: int) -> dict[str, Any]:
@@ -163,7 +175,7 @@ class _Kept(logging.Handler):
 # --- (b) against the machine ------------------------------------------------------------------------------------------
 
 
-def peak_part(sizes: Sizes) -> dict[str, Any]:
+def against_peak(sizes: Sizes) -> dict[str, Any]:
     """Fractions of the measured matrix-product peak, and where the rest of the time goes."""
     settings = [measuring.in_child(fractions, sizes, threads) for threads in sizes.threads]
     return {
