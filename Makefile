@@ -22,14 +22,14 @@ RUN_PROFILE := $(or $(PROFILE),quick)
 BOOK_PROFILE := $(or $(PROFILE),digits)
 WITH_SEEDS := $(if $(SEEDS),--seeds '$(SEEDS)')
 
-.PHONY: help setup run-all book serve test test-gpu lint lock clean
+.PHONY: help setup run-all book serve test test-gpu bench lint lock clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 	@echo
 	@echo "PROFILE=quick|digits|reference|paper   which runs (run-all: quick; book, serve: digits)"
 	@echo "JOBS=N  runs at a time (default: the cores)      SEEDS=0,1,2  instead of the seeds in the run matrix"
-	@echo 'ONLY="NAME ..."  these runs and chapters alone, as named in the run matrix papermill_runs/PROFILE.yaml'
+	@echo 'ONLY="NAME ..."  these runs and chapters alone, as named in papermill_runs/PROFILE.yaml (bench: these parts)'
 	@echo 'LAUNCH="srun --gres=gpu:1"  put before each run  SRLIB_DATA=DIR  where the images are   PYTHON=python3.12'
 
 setup: $(READY)  ## a virtual environment in .venv with the exact versions of requirements.lock
@@ -61,6 +61,9 @@ test: $(READY)  ## all tests, on all cores
 
 test-gpu: $(READY)  ## the tests that have a GPU version, on the GPU
 	@$(BIN)/python -m pytest -q -m cuda
+
+bench: $(READY)  ## measure speed and memory, less than 10 minutes on a quiet machine; the book's page on it draws the results
+	@$(BIN)/python benchmarks/bench.py $(if $(ONLY),--only $(ONLY))
 
 lint: $(READY)  ## style and common mistakes
 	@$(BIN)/ruff check .

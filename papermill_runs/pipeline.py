@@ -195,9 +195,9 @@ def key(job: Job, profile: Profile) -> str:
     modules = {*provenance.notebook_modules(cells), *(name for s in systems for name in experiment.modules(s))}
     results = [checkpoints.read_json(run.output.with_name("metrics.json"))["checksum"] for run in read]
     results += [f"{run} diverged" for run in job.needs if diverged(profile.jobs[run])]
-    tables = [
-        path for path in sorted(job.notebook.parent.glob("*.yaml")) if any(f'"{path.name}"' in cell for cell in cells)
-    ]
+    here = job.notebook.parent
+    tables = [*sorted(here.glob("*.yaml")), *sorted(here.glob("../benchmarks/measured/*.json"))]
+    tables = [path for path in tables if any(f'"{path.name}"' in cell for cell in cells)]
     parts = [
         job.notebook.read_text(),
         json.dumps(job.parameters, sort_keys=True),

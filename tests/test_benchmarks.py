@@ -1,0 +1,91 @@
+"""The benchmark compares like with like, counts operations right, and every part of it runs."""
+
+import importlib
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+import srlib
+from srlib import checkpoints
+
+ROOT = Path(__file__).parent.parent
+# (benchmarks/ is no package: its files import each other by name, as scripts do)
+sys.path.insert(0, str(ROOT / "benchmarks"))
+bench, costs, measuring, plain_loop, speed = map(
+    importlib.import_module, ("bench", "costs", "measuring", "plain_loop", "speed")
+)
+
+
+@pytest.mark.parametrize("name", ["wide", "small"])
+def test_the_plain_loop_computes_the_chain_of_short_run(name, monkeypatch):
+    posterior, n_steps, delta = measuring.posterior(measuring.TINY.models[name], 3), 6, 0.01
+    g = posterior.generator
+    initial, noise = g.sample_prior(3), torch.randn(n_steps, 3, g.latent_dim)
+    pieces = iter([piece for step in noise for piece in g.split(step)])
+    monkeypatch.setattr(torch, "randn_like", lambda z: next(pieces))
+    plain = plain_loop.plain_short_run(g, posterior.x, g.split(initial), n_steps, delta, posterior.sigma)
+    s = srlib.step_size_from_noise_scale(delta)
+    ours = srlib.short_run(posterior, n_steps, s, initial, noise).final
+    assert next(pieces, None) is None and (ours - initial).abs().max() > 0.01
+    torch.testing.assert_close(torch.cat(plain, 1), ours, rtol=1e-4, atol=1e-4)
+
+
+def test_operations_are_those_of_the_direct_form():
+    """Of each weight: 2 operations forward and 2 backward for every place and image that it is used at."""
+    model = measuring.Model((3,), (1, 10, 10), 4, 5)
+    posterior, n = measuring.posterior(model, 2), 2
+    linear = 3 * 4 * 25
+    convolutions = 25 * (4 * 4 * 25 + 4 * 4 * 25 + 4 * 4 * 9) + 25 * 4 * 16  # p_l, d_l; o_0 spreads 25 inputs
+    counted = speed.operations(posterior, posterior.generator.sample_prior(n))
+    assert counted == 4 * n * (linear + convolutions)
+
+
+def test_a_slow_side_is_not_timed_again_and_the_first_call_does_not_count(monkeypatch):
+    seconds = {"slow": iter([50.0, 4.0, 6.0]), "fast": iter([9.0, 1.0, 2.0, 4.0])}
+    monkeypatch.setattr(measuring, "seconds_of", lambda side: next(side))
+    found = measuring.by_turns(seconds, 3, 5.0)
+    assert found["slow"] == {"warm_up": 50.0, "seconds": [4.0, 6.0], "median": 5.0}
+    assert found["fast"] == {"warm_up": 9.0, "seconds": [1.0, 2.0, 4.0], "median": 2.0}
+
+
+def test_ratios_take_the_best_threads_of_each_side_and_the_defaults():
+    def setting(threads, **per_step):
+        return {"threads": threads, "forms": {form: {"per_step": s} for form, s in per_step.items()}}
+
+    found = speed.ratios([setting(1, plain=6.0, float32=4.0), setting(2, plain=8.0, float32=2.0)])
+    assert found["default"] == 4.0 and found["best"] == {"float32": 3.0, "plain": 1.0}
+    assert found["best_threads"] == {"float32": 2, "plain": 1}
+
+
+@pytest.fixture
+def in_this_process(monkeypatch):
+    monkeypatch.setattr(measuring, "in_child", lambda function, *arguments, limit=None: function(*arguments))
+
+
+# `compile` takes a minute and `starting` starts Python anew; both are left to `make bench`.
+@pytest.mark.parametrize("name", [name for name in bench.PARTS if name not in ("compile", "starting")])
+def test_every_part_runs(name, tmp_path, in_this_process):
+    assert bench.run([name], measuring.TINY, tmp_path) == []
+    results = checkpoints.read_json(tmp_path / f"{name}.json")["results"]
+    if name == "inner_loop":
+        assert {"plain", "frozen", *speed.FORMS} - {"bfloat16"} <= results["ratios"]["wide"]["best"].keys()
+    if name == "peak":
+        (setting,) = results["settings"]
+        assert sum(setting["float32"]["profile"].values()) == pytest.approx(1)
+        assert setting["float32"]["direct_operations"] > 0 and setting["float32"]["done_operations"] > 0
+
+
+def test_a_part_that_fails_leaves_the_others_and_its_last_result(tmp_path, in_this_process, monkeypatch):
+    monkeypatch.setattr(bench, "PARTS", {"broken": lambda sizes: 1 / 0, "whole": lambda sizes: {"value": 1}})
+    (tmp_path / "broken.json").write_text("as it was")
+    assert bench.run(["broken", "whole"], measuring.TINY, tmp_path) == ["broken"]
+    assert (tmp_path / "broken.json").read_text() == "as it was"
+    assert checkpoints.read_json(tmp_path / "whole.json")["results"] == {"value": 1}
+
+
+def test_a_measurement_that_does_not_end_is_stopped():
+    with pytest.raises(TimeoutError, match=r"sleep took more than 0\.05 seconds"):
+        measuring.in_child(time.sleep, 60, limit=0.05)
