@@ -165,9 +165,14 @@ class ShortRun(NoisySystem):
             asked = float(self.step_size.max())
             if not error.step_size > 0:
                 raise DivergenceError(f"update {t}: {error}") from error
+            remedy = f"try step_size={asked / 10:.1g}"
+            if self.update_step_size is not None:
+                remedy += (
+                    ", or a search that measures on more images or is made less often: s is what the last one chose"
+                )
             raise DivergenceError(
                 f"update {t}: the chains diverged with step_size={asked:.3g} (which is s = {float(s.max()):.3g} at sigma = "
-                f"{posterior.sigma:.3g}, since s follows sigma^2); try step_size={asked / 10:.1g}",
+                f"{posterior.sigma:.3g}, since s follows sigma^2); {remedy}",
                 asked,
             ) from error
 
