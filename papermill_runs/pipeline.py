@@ -6,8 +6,8 @@
     pipeline.py book PROFILE                                               the book, from the results as they are
 
 A job is a training run (papermill_runs/train.md with a configuration) or a chapter (book/NAME.md). Its key is a hash of all
-it depends on: notebook, parameters, the srlib modules that its code reaches, the tables beside it that its code names, and
-the results of the runs that it reads. A result whose key is unchanged is kept, so an interrupted call goes on and a change
+it depends on: notebook, parameters, the srlib modules that its code reaches, the tables beside it and the measurements that its code
+names, and the results of the runs that it reads. A result whose key is unchanged is kept, so an interrupted call goes on and a change
 repeats just what depends on it.
 """
 

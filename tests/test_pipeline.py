@@ -126,11 +126,13 @@ def test_a_change_repeats_just_what_depends_on_it(project, without_kernels):
     assert execute_all(root) == ["tiny-seed0"]
 
 
-def test_a_chapter_is_repeated_when_a_table_that_it_reads_changes(project, without_kernels):
+@pytest.mark.parametrize("folder, suffix", [("book", "yaml"), ("benchmarks/measured", "json")])
+def test_a_chapter_is_repeated_when_a_table_that_it_reads_changes(project, without_kernels, folder, suffix):
     root, _ = project
-    table, other = root / "book" / "table.yaml", root / "book" / "other.yaml"
+    (root / folder).mkdir(parents=True, exist_ok=True)
+    table, other = root / folder / f"table.{suffix}", root / folder / f"other.{suffix}"
     path = root / "book" / "alone.md"
-    reading = 'from pathlib import Path\nprint(Path("table.yaml").read_text())'
+    reading = f'from pathlib import Path\nprint(Path("../{folder}", "table.{suffix}").read_text())'
     path.write_text(path.read_text().replace("print(profile)", reading))
     table.write_text("- 1")
     assert execute_all(root) == ["tiny-seed0", "alone", "reader"]
