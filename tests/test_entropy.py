@@ -384,6 +384,16 @@ def test_backwards_refuses_steps_without_an_inverse(linear_posterior):
         entropy.backwards(posterior, chain.final, chain.step_size, chain.noise)
 
 
+def test_an_inverse_that_does_not_come_closer_is_given_up_soon(monkeypatch):
+    """tanh keeps the iteration in bounds, where it would go round for ever."""
+    posterior, scores, score = saturating_posterior(6, 2, scale=1.0, sigma=0.3), [], srlib.Posterior.score
+    chain = run(posterior, 1, 0.1)
+    monkeypatch.setattr(srlib.Posterior, "score", lambda self, e: scores.append(e) or score(self, e))
+    with pytest.raises(entropy.NoInverseError, match="no inverse that the iteration finds"):
+        entropy.backwards(posterior, chain.final, chain.step_size, chain.noise)
+    assert entropy.PATIENCE < len(scores) <= 2 * entropy.PATIENCE
+
+
 def test_equation_17_as_printed_loosens_with_more_draws():
     """The same e_0 under other noises is no preimage of e_K: each value is the log of a mean that grows with its tail."""
     posterior = copies(saturating_posterior(pixels=6, latents=2, scale=1.0, sigma=0.3), 800)
