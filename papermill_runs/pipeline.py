@@ -3,6 +3,7 @@
     pipeline.py run PROFILE [--jobs N] [--seeds 0,1,2] [--only NAME ...]   everything that is not up to date
     pipeline.py list PROFILE                                               all jobs, what they may take, and their state
     pipeline.py execute PROFILE NAME                                       one job; what $LAUNCH is put before
+    pipeline.py config PROFILE NAME                                        the configuration of a run, for srlib.experiment
     pipeline.py book PROFILE                                               the book, from the results as they are
 
 A job is a training run (papermill_runs/train.md with a configuration) or a chapter (book/NAME.md). Its key is a hash of all
@@ -512,6 +513,10 @@ def launch_words() -> list[str]:
         words = shlex.split(text)
     except ValueError as error:
         raise PipelineError(f"LAUNCH={text!r} cannot be read: {error}") from error
+    if "torchrun" in map(os.path.basename, words):
+        raise PipelineError(
+            f"LAUNCH={text!r}: several processes cannot be one notebook; README.md says how torchrun is used"
+        )
     if words and shutil.which(words[0]) is None:
         raise PipelineError(f"LAUNCH={text!r}: there is no command {words[0]!r}")
     return words
@@ -719,13 +724,13 @@ def seed_list(text: str) -> list[int]:
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
-    for command in ("run", "list", "execute", "book"):
+    for command in ("run", "list", "execute", "config", "book"):
         sub = commands.add_parser(command)
         sub.add_argument("profile")
         if command == "run":
             sub.add_argument("--jobs", type=int, default=os.cpu_count() or 1)
             sub.add_argument("--only", nargs="*", default=[])
-        if command == "execute":
+        if command in ("execute", "config"):
             sub.add_argument("name")
         sub.add_argument("--seeds", type=seed_list)
     given = parser.parse_args(arguments)
@@ -738,6 +743,14 @@ def main(arguments: list[str] | None = None) -> int:
             return 0
         if given.command == "list":
             print(table(profile))
+            return 0
+        if given.command == "config":
+            runs = [job for job in profile.runs if job.name in named([given.name], profile)]
+            if len(runs) != 1:
+                raise PipelineError(
+                    f"{given.name} means {', '.join(job.name for job in runs) or 'a chapter'}; name one run"
+                )
+            print(yaml.safe_dump(runs[0].parameters["config"], sort_keys=False), end="")
             return 0
         if given.command == "execute":
             wanted = named([given.name], profile)

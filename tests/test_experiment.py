@@ -123,6 +123,16 @@ def test_a_finished_run_is_scored_again_and_trained_again_only_where_its_trainin
     assert not experiment.training_stands(copy, Config.from_dict(TINY | {"seed": 1}))
 
 
+def test_a_run_keeps_the_sources_that_it_began_with(tmp_path, monkeypatch):
+    def edit_meanwhile(*_):
+        monkeypatch.setattr(provenance, "source_hash", lambda _: "edited")
+        return {}
+
+    monkeypatch.setattr(experiment, "evaluate", edit_meanwhile)
+    metrics = experiment.run(Config.from_dict(TINY), tmp_path, progress=False)
+    assert "edited" not in (metrics["source_hash"], metrics["training_hash"])
+
+
 def test_a_run_with_another_file_than_it_wrote_is_refused(finished, tmp_path):
     output, _ = finished
     for name in ("model.safetensors", "history.json"):

@@ -250,6 +250,14 @@ def test_a_killed_run_resumes_with_the_same_bits(new_system, squares, tmp_path, 
     assert all(torch.equal(a, b) for a, b in zip(whole.state_dict().values(), fresh.state_dict().values()))
 
 
+def test_a_convolution_that_became_singular_stops_at_its_update(new_system, squares):
+    system = new_system()
+    with torch.no_grad():
+        system.generator.levels[0][1].weight[0] = 0
+    with pytest.raises(FloatingPointError, match="the loss is (inf|nan) at update 0; try a smaller learning rate"):
+        fit(system, squares, 3)
+
+
 def test_only_the_first_training_initialises(new_system, squares, monkeypatch):
     system = new_system()
     assert not system.initialised

@@ -140,13 +140,16 @@ def test_a_checkpoint_of_another_plan_is_refused(new_system, images, tmp_path):
         fit(new_system(), images, n_updates=3, directory=tmp_path)
 
 
-@pytest.mark.parametrize("options", [dict(sigma=0.2), dict(n_steps=4)])
+@pytest.mark.parametrize(
+    "options", [dict(sigma=0.2), dict(n_steps=4), dict(update_step_size=srlib.StepSizeSearch("grid"), every=2)]
+)
 def test_a_checkpoint_of_another_system_or_other_images_is_refused(new_system, images, tmp_path, options):
     fit(new_system(), images, n_updates=2, directory=tmp_path)
     with pytest.raises(CheckpointError, match="its settings differ; remove it"):
         fit(new_system(**options), images, n_updates=2, directory=tmp_path)
-    with pytest.raises(CheckpointError, match="its images differ; remove it"):
-        fit(new_system(), images[:10], n_updates=2, directory=tmp_path)
+    for other in (images[:10], images.flip(0)):
+        with pytest.raises(CheckpointError, match="its images differ; remove it"):
+            fit(new_system(), other, n_updates=2, directory=tmp_path)
 
 
 def test_a_checkpoint_of_other_sources_is_refused(new_system, images, tmp_path, monkeypatch):
@@ -154,6 +157,19 @@ def test_a_checkpoint_of_other_sources_is_refused(new_system, images, tmp_path, 
     monkeypatch.setattr(provenance, "source_hash", lambda modules: "other")
     with pytest.raises(CheckpointError, match="its sources differ; remove it"):
         fit(new_system(), images, n_updates=2, directory=tmp_path)
+
+
+def test_a_training_keeps_the_sources_that_it_began_with(new_system, images, tmp_path, monkeypatch, killed_at):
+    """Whoever edits a file while a training lasts must not find it called the work of the edited one."""
+    with monkeypatch.context() as edited, killed_at(3):
+        choose = TrainingLoop.record
+        edited.setattr(
+            TrainingLoop,
+            "record",
+            lambda loop, **m: (edited.setattr(provenance, "source_hash", lambda _: "edited"), choose(loop, **m)),
+        )
+        fit(new_system(), images, directory=tmp_path)
+    fit(new_system(), images, directory=tmp_path)
 
 
 def test_the_time_of_all_sittings_is_counted(new_system, images, tmp_path, killed_at):
@@ -203,6 +219,46 @@ def test_a_loss_that_is_not_a_number_stops_with_advice(new_system, images):
         system.generator.output[-1].bias.fill_(math.nan)
     with pytest.raises((FloatingPointError, srlib.DivergenceError), match="learning rate"):
         fit(system, images)
+
+
+def test_a_gradient_that_is_not_a_number_stops_before_it_is_in_the_parameters(new_system, images):
+    system, plan = new_system(), srlib.TrainingPlan(3, 4)
+    before = [p.clone() for p in system.parameters()]
+    loop = TrainingLoop(system, images, plan, torch.Generator(), progress=False)
+    next(iter(loop))
+    loss = sum((0 * p).square().sum().sqrt() for p in system.parameters())  # 0, with the derivative 0 / 0
+    with pytest.raises(
+        FloatingPointError, match="norm of the gradient is nan at update 0; try a smaller learning rate"
+    ):
+        loop.update(loss)
+    assert all(torch.equal(p, q) for p, q in zip(system.parameters(), before))
+
+
+@pytest.mark.parametrize("chosen", [math.nan, math.inf, 0.0])
+def test_a_search_whose_step_size_is_none_stops_at_its_update(new_system, images, chosen):
+    def choose(posterior, s, n_steps, rng):
+        return srlib.StepSizeResult(torch.full_like(s, chosen), s[None], torch.ones(1, 2))
+
+    with pytest.raises(ValueError, match=rf"chose s = {chosen} after update 4; it must be positive"):
+        fit(new_system(update_step_size=choose, every=5), images)
+
+
+def test_a_step_size_that_its_search_made_explode_is_told_with_the_search(new_system, images):
+    def explode(posterior, s, n_steps, rng):
+        return srlib.StepSizeResult(1e6 * s, s[None], torch.ones(1, 2))
+
+    system = new_system(update_step_size=explode, every=2, n_steps=60)
+    with pytest.raises(srlib.DivergenceError, match=r"update 2: .* step_size=2e\+03 .* s is what the last one chose"):
+        fit(system, images)
+
+
+def test_latents_without_spread_are_no_gaussian(new_system, images, monkeypatch):
+    for value in (1.0, math.nan):
+        monkeypatch.setattr(srlib.ShortRun, "infer", lambda self, x, rng, v=value: x.new_full((len(x), 8), v))
+        with pytest.raises(
+            FloatingPointError, match="latents inferred from 16 images is singular .* with fewer than 8"
+        ):
+            new_system().fit_aggregate(images)
 
 
 def test_a_collapsed_generator_is_reported(new_system, images):

@@ -272,13 +272,32 @@ def test_a_launcher_that_cannot_start_or_does_not_wait_is_named(project, monkeyp
     root, matrix = project
     write_matrix(root, matrix | {"chapters": []})
     profile = pipeline.load_profile("quick", root=root)
-    for launch, message in [("nowhere -n", "no command 'nowhere'"), ("'", "cannot be read"), ("/", "no command '/'")]:
+    for launch, message in [
+        ("nowhere -n", "no command 'nowhere'"),
+        ("'", "cannot be read"),
+        ("/", "no command '/'"),
+        ("srun .venv/bin/torchrun --standalone", "several processes cannot be one notebook"),
+    ]:
         monkeypatch.setenv("LAUNCH", launch)
         with pytest.raises(pipeline.PipelineError, match=message):
             pipeline.run(profile, 1, [])
     monkeypatch.setenv("LAUNCH", "true")
     assert pipeline.run(profile, 1, []) == ["tiny-seed0"]
     assert "LAUNCH must wait until it is done" in capsys.readouterr().out
+
+
+def test_the_configuration_of_a_run_is_printed_for_the_command_line(tmp_path, capsys):
+    run = pipeline.load_profile("quick").runs[0]
+    assert pipeline.main(["config", "quick", run.name]) == 0
+    path = tmp_path / "config.yaml"
+    path.write_text(capsys.readouterr().out)
+    assert pipeline.experiment.Config.from_yaml(path) == run.config
+    for name, seeds, message in [
+        (run.config.name, "0,1", "-seed1; name one run"),
+        ("errata", "0", "a chapter; name one"),
+    ]:
+        assert pipeline.main(["config", "quick", name, "--seeds", seeds]) == 1
+        assert message in capsys.readouterr().err
 
 
 def test_any_error_ends_what_is_running(project, monkeypatch):
