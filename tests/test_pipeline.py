@@ -1,11 +1,12 @@
 """The pipeline on a small project of its own: what is repeated, what is refused, what survives."""
 
 import os
-import shutil
 import subprocess
 import sys
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import nbformat
 import papermill
@@ -15,7 +16,8 @@ import yaml
 from srlib import checkpoints
 
 ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT / "papermill_runs"))
+sys.path[:0] = [str(ROOT / "papermill_runs"), str(ROOT / "tests" / "faults")]
+import forks  # noqa: E402
 import pipeline  # noqa: E402
 
 NOTEBOOK = """---
@@ -49,6 +51,9 @@ if config["dataset"] == "mnist":
     raise DatasetUnavailable("mnist: set SRLIB_DATA")
 if config["n_updates"] == 666:
     raise ArithmeticError("this run fails")
+if config["n_updates"] == 999:
+    import os, signal
+    os.kill(os.getpid(), signal.SIGKILL)
 model = Path(output) / "model.safetensors"
 model.write_text("weights")
 metrics = {"n_updates": config["n_updates"], "files": {model.name: provenance.file_hash(model)}}
@@ -79,19 +84,7 @@ def project(tmp_path):
 def without_kernels(monkeypatch):
     """Notebooks are executed by this process instead of a kernel of their own, which takes seconds to start."""
 
-    def execute_notebook(source, target, parameters, cwd, **options):
-        notebook, names = nbformat.read(source, as_version=4), {}
-        (position,) = (i for i, c in enumerate(notebook.cells) if "parameters" in c.metadata.get("tags", []))
-        injected = "# Parameters\n" + "\n".join(f"{name} = {value!r}" for name, value in parameters.items())
-        cell = nbformat.v4.new_code_cell(injected, metadata={"tags": ["injected-parameters"]})
-        notebook.cells.insert(position + 1, cell)
-        monkeypatch.chdir(cwd)
-        for cell in notebook.cells:
-            if cell.cell_type == "code":
-                exec(cell.source, names)
-        nbformat.write(notebook, target)
-
-    monkeypatch.setattr(papermill, "execute_notebook", execute_notebook)
+    monkeypatch.setattr(papermill, "execute_notebook", forks.execute_notebook)
 
 
 def write_matrix(root, matrix):
@@ -223,7 +216,7 @@ def test_a_run_without_data_waits_for_it_and_its_reason_names_no_folder_of_this_
     (job,) = profile.runs
     job.output.parent.mkdir(parents=True)
     pipeline.record_not_run(job, "an older reason")
-    assert pipeline.run(profile, 1, []) == [] and not job.output.exists()
+    assert pipeline.run(profile, 1, []) == {} and not job.output.exists()
     assert "below $SRLIB_DATA" in pipeline.not_run(job) and str(tmp_path) not in pipeline.not_run(job)
     monkeypatch.setattr(pipeline.data, "load", lambda name: None)
     assert not pipeline.still_absent(job)
@@ -252,7 +245,10 @@ def test_mistyped_names_are_refused_before_anything_starts(project):
         write_matrix(root, matrix | change)
         with pytest.raises(pipeline.PipelineError, match=message):
             pipeline.load_profile("quick", root=root)
-    for text, message in [("", "None must be a mapping"), ("runs: [", r"quick\.yaml: while parsing")]:
+    for text, message in [
+        ("", "None must be a mapping"),
+        ("runs: [", r"quick\.yaml is no YAML that can be read: while"),
+    ]:
         (root / "papermill_runs" / "quick.yaml").write_text(text)
         with pytest.raises(pipeline.PipelineError, match=message):
             pipeline.load_profile("quick", root=root)
@@ -282,7 +278,7 @@ def test_a_launcher_that_cannot_start_or_does_not_wait_is_named(project, monkeyp
         with pytest.raises(pipeline.PipelineError, match=message):
             pipeline.run(profile, 1, [])
     monkeypatch.setenv("LAUNCH", "true")
-    assert pipeline.run(profile, 1, []) == ["tiny-seed0"]
+    assert [*pipeline.run(profile, 1, [])] == ["tiny-seed0"]
     assert "LAUNCH must wait until it is done" in capsys.readouterr().out
 
 
@@ -359,7 +355,7 @@ def test_a_run_that_diverges_is_a_result_until_its_configuration_changes(project
     assert [path.name for path in job.output.parent.iterdir()] == ["diverged.json"]
     assert "diverged: update 3" in pipeline.runs_page(replace(profile, jobs={job.name: job}))
     monkeypatch.setattr(pipeline.subprocess, "Popen", None)  # nothing is started
-    assert pipeline.run(profile, 1, [job.name]) == []
+    assert pipeline.run(profile, 1, [job.name]) == {}
     monkeypatch.undo()
     with_it = pipeline.key(profile.jobs["reader"], profile)
     (job.output.parent / "diverged.json").rename(job.output.parent / "not_run.json")
@@ -484,38 +480,58 @@ def test_a_chapter_gets_the_seeds_of_its_runs_if_it_asks_for_them(project):
     assert pipeline.load_profile("quick", [3], root).jobs["reader"].parameters["seed"] == 3
 
 
-def whole_pipeline(root, *arguments, **environment):
-    """The real command, with the pipeline of the project copied beside its notebooks."""
-    shutil.copy(ROOT / "papermill_runs" / "pipeline.py", root / "papermill_runs")
-    command = [sys.executable, "papermill_runs/pipeline.py", "run", "quick", *arguments]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "SRLIB_DATA": "", **environment}
-    return subprocess.run(command, cwd=root, capture_output=True, text=True, env=environment)
+@pytest.fixture
+def run_all(project, without_kernels, monkeypatch, capsys):
+    """run_all(...): the status of `pipeline.py run quick ...` on the project, and what it printed; its jobs are forks."""
+    root, _ = project
+    monkeypatch.setattr(pipeline, "load_profile", partial(pipeline.load_profile, root=root))
+    monkeypatch.setattr(pipeline, "subprocess", SimpleNamespace(Popen=partial(forks.ForkedJob, pipeline.main)))
+    monkeypatch.setenv("SRLIB_DATA", "")
+
+    def run(*arguments, command="run"):
+        status = pipeline.main([command, "quick", *arguments])
+        return status, "".join(capsys.readouterr())
+
+    with forks.known_sources(["short_run"]):
+        yield run
 
 
-def test_a_failure_stops_nothing_else_and_missing_data_is_no_failure(project):
+def test_a_failure_stops_nothing_else_and_missing_data_is_no_failure(project, run_all, monkeypatch):
     root, matrix = project
-    matrix["runs"] = [{"name": "broken", "n_updates": 666}, {"name": "absent", "dataset": "mnist", "n_updates": 1}]
+    matrix["runs"] = [
+        {"name": "broken", "n_updates": 666},
+        {"name": "killed", "n_updates": 999},
+        {"name": "absent", "dataset": "mnist", "n_updates": 1},
+    ]
     matrix["chapters"] = [{"notebook": "alone"}, {"notebook": "reader", "needs": ["broken"]}]
     write_matrix(root, matrix)
-    done = whole_pipeline(root, "--jobs", "2", LAUNCH="env MARK=1")
-    assert done.returncode == 1
-    assert "broken-seed0  FAILED" in done.stdout and "absent-seed0  not run (no data)" in done.stdout
-    assert "reader  not started: broken-seed0 failed" in done.stdout
+    monkeypatch.setenv("LAUNCH", "env MARK=1")
+    status, told = run_all("--jobs", "2")
+    assert status == 1
+    assert "broken-seed0  FAILED" in told and "absent-seed0  not run (no data)" in told
+    assert "reader  not started: broken-seed0 failed" in told
     results = root / "papermill_runs/quick"
+    listed = told[told.index("3 failed:") :]
+    assert f"broken-seed0: ArithmeticError: this run fails (see {results}/broken-seed0/train.failed.ipynb)" in listed
+    assert f"killed-seed0: killed by SIGKILL and said nothing ({results}/logs/killed-seed0.log)" in listed
     assert (results / "book/alone.json").exists()
     assert (results / "broken-seed0/train.failed.ipynb").exists() and not (
         results / "broken-seed0/train.ipynb"
     ).exists()
     assert "this run fails" in (results / "logs/broken-seed0.log").read_text()
-    matrix["runs"][0]["n_updates"] = 1
+    matrix["runs"][0]["n_updates"] = matrix["runs"][1]["n_updates"] = 1
     write_matrix(root, matrix)
-    again = whole_pipeline(root, "--jobs", "2")
-    assert again.returncode == 0, again.stdout + again.stderr
-    assert "1 of 4 jobs are up to date, 2 to run" in again.stdout and "absent-seed0  not run: mnist" in again.stdout
+    status, told = run_all("--jobs", "2")
+    assert status == 0, told
+    assert "1 of 5 jobs are up to date, 3 to run" in told and "absent-seed0  not run: mnist" in told
 
 
-def test_two_at_once_get_a_clear_message(project):
+def test_two_at_once_get_a_clear_message(project, run_all):
     root, _ = project
-    with pipeline.locked(root / "papermill_runs/quick/.lock", "another run-all"):
-        done = whole_pipeline(root)
-    assert done.returncode == 1 and "another run-all of the profile quick is at work" in done.stderr
+    for lock, command, message in [
+        ("papermill_runs/quick/.lock", "run", "another run-all of the profile quick is at work"),
+        ("book/_build/quick/.lock", "book", "the book of the profile quick is being built by another process"),
+    ]:
+        with pipeline.locked(root / lock, "it is held"):
+            status, told = run_all(command=command)
+        assert status == 1 and message in told
