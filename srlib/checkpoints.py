@@ -31,8 +31,21 @@ class CheckpointError(ValueError):
 
 
 def atomic_write(path: str | os.PathLike[str], content: bytes) -> None:
-    """Write `content` to `path`, whose folder must exist, so that nobody ever sees a part of it."""
+    """Write `content` to `path`, whose folder must exist, so that nobody ever sees a part of it.
+
+    Raises:
+        OSError: no room, no permission or no folder; the message names `path`, and what was there before stays.
+    """
     path = Path(path)
+    try:
+        _write_and_rename(path, content)
+    except OSError as error:
+        told = f"it could not be written, what was there before stays ({error.strerror or error})"
+        raise OSError(error.errno, told, str(path)) from error
+    _flush_folder(path.parent)
+
+
+def _write_and_rename(path: Path, content: bytes) -> None:
     descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
     try:
         with os.fdopen(descriptor, "wb") as file:
@@ -45,7 +58,6 @@ def atomic_write(path: str | os.PathLike[str], content: bytes) -> None:
         with contextlib.suppress(FileNotFoundError):
             os.unlink(temporary)
         raise
-    _flush_folder(path.parent)
 
 
 def _flush_folder(folder: Path) -> None:

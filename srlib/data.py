@@ -162,7 +162,7 @@ def load(name: str, root: Path | str | None = None, download: bool = False) -> D
 
 def checked_name(name: str) -> str:
     """`name` itself, if it is one of `IMAGE_SHAPES`; a ValueError with the nearest one otherwise."""
-    if name not in IMAGE_SHAPES:
+    if not isinstance(name, str) or name not in IMAGE_SHAPES:
         near = difflib.get_close_matches(str(name), IMAGE_SHAPES, 1)
         hint = f"did you mean {near[0]!r}? " if near else ""
         raise ValueError(f"unknown dataset {name!r}; {hint}there are: {', '.join(IMAGE_SHAPES)}")

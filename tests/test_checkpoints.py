@@ -84,3 +84,9 @@ def test_the_source_hash_is_blind_to_comments_and_sees_code(tmp_path, monkeypatc
     assert provenance.source_hash(["srlib.langevin"]) == before
     path.write_text(path.read_text().replace("noise_scale**2 / 2", "noise_scale**2 / 3"))
     assert provenance.source_hash(["srlib.langevin"]) != before
+
+
+def test_a_failed_write_names_the_file(tmp_path):
+    (tmp_path / "folder").write_text("")
+    with pytest.raises(OSError, match=r"what was there before stays .*folder/x\.json"):
+        checkpoints.write_json(tmp_path / "folder" / "x.json", {"a": 1})

@@ -215,6 +215,8 @@ def test_unknown_name_gets_the_known_ones():
         data.load("minst")
     with pytest.raises(ValueError, match="colour_digits"):
         data.load("imagenet")
+    with pytest.raises(ValueError, match="unknown dataset \\['digits'\\]"):
+        data.load(["digits"])
 
 
 @pytest.mark.parametrize("name", sorted(set(data.LOADERS) - set(data.EMBEDDED)))
