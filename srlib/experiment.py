@@ -20,7 +20,7 @@ from collections.abc import Mapping
 from dataclasses import MISSING, asdict, dataclass, field, fields
 from pathlib import Path
 from types import ModuleType
-from typing import Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch
 import yaml
@@ -30,10 +30,12 @@ from .data import IMAGE_SHAPES, Dataset, DatasetUnavailable, checked_name, load
 from .evaluation.reconstruction import inference_seconds
 from .evaluation.scores import EvaluationSplit, evaluate
 from .generators import Generator, LadderGenerator, TopDownGenerator, check_whole
-from .inner_loop import Precision
-from .step_size import SearchShare
 from .system import System
 from .training import History, TrainingPlan, resume_file, snapshot_file, stream, training_seconds
+
+if TYPE_CHECKING:  # only the short run system, and ABP, depend on these
+    from .inner_loop import Precision
+    from .step_size import SearchShare
 
 Search = Literal["none", "grid", "descent"]
 N_AGGREGATE = 5000  # training images that the Gaussian of the inferred latents is fitted to

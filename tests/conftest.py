@@ -16,6 +16,7 @@ torch.set_num_threads(1)
 hypothesis.settings.register_profile("short", max_examples=6, derandomize=True, database=None, deadline=None)
 hypothesis.settings.register_profile("long", max_examples=200, print_blob=True, deadline=None)
 hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "short"))
+collect_ignore = ["faults"]  # programs that tests start, no tests
 # On a GPU the same seed gives the same bits, and float32 is float32, only when asked for.
 torch.backends.cudnn.deterministic, torch.backends.cudnn.allow_tf32 = True, False
 
