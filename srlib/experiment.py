@@ -20,7 +20,7 @@ from collections.abc import Mapping
 from dataclasses import MISSING, asdict, dataclass, field, fields
 from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 import yaml
@@ -32,10 +32,6 @@ from .evaluation.scores import EvaluationSplit, evaluate
 from .generators import Generator, LadderGenerator, TopDownGenerator, check_whole
 from .system import System
 from .training import History, TrainingPlan, resume_file, snapshot_file, stream, training_seconds
-
-if TYPE_CHECKING:  # only the short run system, and ABP, depend on these
-    from .inner_loop import Precision
-    from .step_size import SearchShare
 
 Search = Literal["none", "grid", "descent"]
 N_AGGREGATE = 5000  # training images that the Gaussian of the inferred latents is fitted to
@@ -101,8 +97,8 @@ class Config:
     estimator: str = "linear_noise"
     every: int = 50
     search_images: int = 4
-    step_size_share: SearchShare = "all"
-    precision: Precision = "full"
+    step_size_share: str = "all"
+    precision: str = "full"
     compile: bool = False
     snapshots: tuple[int, ...] = ()
     options: dict[str, Any] = field(default_factory=dict)
