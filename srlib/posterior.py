@@ -129,7 +129,8 @@ class Posterior:
         e = self.validated(e)
         if chunk_size is not None and chunk_size < len(self):
             cuts = [slice(i, i + chunk_size) for i in range(0, len(self), chunk_size)]
-            return torch.cat([self[cut].score(e[cut], create_graph) for cut in cuts])
+            with torch.enable_grad():  # the cuts are part of the graph
+                return torch.cat([self[cut].score(e[cut], create_graph) for cut in cuts])
         with torch.enable_grad(), frozen(self.generator):
             if not (create_graph and e.requires_grad):
                 e = e.detach().requires_grad_()

@@ -394,6 +394,8 @@ def _common(
         raise ValueError(
             f"common is a {type(given).__name__}, it must be the pair e_0, eps, as `moment_matched` makes it"
         )
+    for name, numbers in zip(("initial (e_0)", "noise (eps)"), given or ()):
+        check_tensor(name, numbers)
     check_rng(rng)
     rng = rng and rng.clone_state()  # the caller's stays where it is
     chains = posterior.repeated(n_chains)

@@ -125,10 +125,10 @@ def unfinite(t):
     return [torch.cat([t[:-1], torch.full_like(t[-1:], v)]) for v in (math.nan, math.inf, -math.inf)]
 
 
-def tensor(shape, scale=1.0, optional=False, finite=True, shapes=other_shapes):
+def tensor(shape, scale=1.0, optional=False, finite=True, shapes=other_shapes, types=other_types):
     """Floats of the context's dtype and this shape, a function of the context.
 
-    finite : NaN and infinite numbers do not fit. shapes : what shapes do not.
+    finite : NaN and infinite numbers do not fit. shapes, types : what else does not.
     """
 
     def kind(c):
@@ -137,7 +137,7 @@ def tensor(shape, scale=1.0, optional=False, finite=True, shapes=other_shapes):
             lambda seed: forms(scale * torch.randn(sizes, generator=seeded(seed), dtype=c.dtype))
         )
         t = scale * torch.randn(sizes, generator=seeded(1), dtype=c.dtype)
-        bad = shapes(t) + other_types(t) + (unfinite(t) if finite else []) + ([] if optional else [None])
+        bad = shapes(t) + types(t) + (unfinite(t) if finite else []) + ([] if optional else [None])
         return Kind(good | st.none() if optional else good, st.sampled_from(bad))
 
     return kind
@@ -166,7 +166,9 @@ START = tensor(lambda c: (c.n, c.d), optional=True)
 NOISE = tensor(lambda c: (c.n_steps, c.n, c.d), optional=True)
 SIGMA = positive(0.1, 2.0)
 IMAGES = tensor(lambda c: (c.n, *c.g.image_shape), 0.5)
-MASKED = tensor(lambda c: (c.n, *c.g.image_shape), 0.5, finite=False)  # hidden pixels may hold anything
+MASKED = tensor(  # hidden pixels may hold anything
+    lambda c: (c.n, *c.g.image_shape), 0.5, finite=False, shapes=lambda t: [t[:0], *other_sizes(t)]
+)
 
 
 def masks(c):
@@ -390,7 +392,7 @@ def log_abs_det_jacobian(c, **given):
 @public(
     models=["top-down"],
     chain=CHAIN,
-    n_products=whole(9, 12),
+    n_products=Kind(st.integers(9, 12), whole(1, 1).bad),
     n_probes=Kind(st.just(2), whole(2, 3).bad),
     block_size=Kind(st.just(1), whole(1, 1).bad),
     rng=NUMBER_GENERATOR,
@@ -435,7 +437,7 @@ def semi_implicit(c, **given):
 @public(
     final=tensor(lambda c: (c.n, c.d)),
     step_size=of_steps,
-    noise=tensor(lambda c: (c.n_steps, c.n, c.d)),
+    noise=tensor(lambda c: (c.n_steps, c.n, c.d), shapes=lambda t: [t[:0], *other_sizes(t)]),
     tolerance=positive(1e-10, 1e-6),
     n_max=Kind(st.just(500), whole(1, 1).bad),
     refusals="no inverse",
@@ -685,7 +687,10 @@ def features(c, **given):
     check(found, (2, found.shape[1]))
 
 
-@public(models=["point"], images=IMAGES, reconstructed=IMAGES)
+ANY_FLOATS = tensor(lambda c: (c.n, *c.g.image_shape), 0.5, types=lambda t: other_types(t)[:-1])
+
+
+@public(models=["point"], images=ANY_FLOATS, reconstructed=ANY_FLOATS)
 def squared_error(c, **given):
     check(reconstruction.squared_error(**given).detach(), (c.n,), c.dtype)
 

@@ -121,6 +121,16 @@ def test_bad_input_is_refused(change, message):
         srlib.Posterior(srlib.TopDownGenerator((2, 3), (1, 16, 16), 4, 8), **arguments)
 
 
+@pytest.mark.parametrize("chunk_size", [1, 3, None])
+def test_a_score_in_chunks_keeps_its_graph_without_gradient_mode(small_posterior, chunk_size):
+    posterior = small_posterior(masked=False)
+    e = posterior.generator.sample_prior(4, torch.Generator().manual_seed(0)).requires_grad_()
+    with torch.no_grad():
+        score = posterior.score(e, create_graph=True, chunk_size=chunk_size)
+    (slope,) = torch.autograd.grad(score.sum(), e)
+    torch.testing.assert_close(slope, posterior.hessian(e).sum(1))
+
+
 def test_latents_of_another_shape_are_refused(small_posterior):
     posterior = small_posterior(masked=False)
     with pytest.raises(ValueError, match=r"need \[\d, 12\]"):

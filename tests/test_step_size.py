@@ -507,6 +507,10 @@ def test_the_callers_generator_and_torchs_random_state_are_left_alone(linear_pos
             lambda p: srlib.descend_step_size(p, 1e-3, 2, common=(noise(2).tolist(), noise(2, 2))),
             r"initial \(e_0\)=\[\[0.0, .* must be a tensor",
         ),
+        (
+            lambda p: srlib.grid_search_step_size(p, [1e-3], 2, common=(None, noise(2, 2))),
+            r"initial \(e_0\)=None must be",
+        ),
         (lambda p: srlib.kl_objective(p, 1e-3, 2, initial=noise(2).tolist()), r"initial \(e_0\)=.* must be a tensor"),
         (lambda p: srlib.kl_objective(p, 1e-3, 2, noise=math.nan * noise(2, 2)), r"noise \(eps\) holds NaN"),
         (lambda p: srlib.kl_objective(p, 1e-3, 2, rng=3), "rng=3 must be a torch.Generator"),
