@@ -8,8 +8,9 @@ import signal
 import sys
 import traceback
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from types import SimpleNamespace
 from unittest.mock import patch
 
 import nbformat
@@ -33,7 +34,8 @@ def known_sources(systems: Iterable[str]) -> Iterator[None]:
 
 def execute_notebook(source, target, parameters, cwd, **options):
     """As papermill, but by this process; errors end in the same exception."""
-    notebook, names = nbformat.read(source, as_version=4), {}
+    notebook = nbformat.read(source, as_version=4)
+    names = {"get_ipython": lambda: SimpleNamespace(run_line_magic=lambda *_: [])}
     (position,) = (i for i, c in enumerate(notebook.cells) if "parameters" in c.metadata.get("tags", []))
     injected = "# Parameters\n" + "\n".join(f"{name} = {value!r}" for name, value in parameters.items())
     cell = nbformat.v4.new_code_cell(injected, metadata={"tags": ["injected-parameters"]})
@@ -56,26 +58,29 @@ def execute_notebook(source, target, parameters, cwd, **options):
         os.chdir(before)
 
 
-class ForkedJob:
-    """In place of `subprocess.Popen([..., "execute", PROFILE, NAME])`; `main` is the pipeline's."""
+class Fork:
+    """A function of no arguments in a fork of this process, as a `subprocess.Popen` whose status is what it returns."""
 
-    def __init__(self, main, command, stdout, stderr, env):
+    def __init__(self, function, output, env=None):
         self.returncode = None
         sys.stdout.flush()
         self.pid = os.fork()
         if self.pid == 0:
             status = 1
             try:
-                os.dup2(stdout.fileno(), 1)
-                os.dup2(stderr.fileno(), 2)
+                os.dup2(output.fileno(), 1)
+                os.dup2(output.fileno(), 2)
                 sys.stdout, sys.stderr = (os.fdopen(number, "w", closefd=False) for number in (1, 2))
-                os.environ.update(env)
-                status = main(command[command.index("execute") :])
+                os.environ.update(env or {})
+                status = function()
+            except SystemExit as ended:
+                status = ended.code
             except BaseException:
                 traceback.print_exc()
             finally:
-                sys.stdout.flush()
-                sys.stderr.flush()
+                with suppress(OSError):  # a full disk
+                    sys.stdout.flush()
+                    sys.stderr.flush()
                 os._exit(status)
 
     def poll(self):
@@ -89,6 +94,14 @@ class ForkedJob:
             self.returncode = os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
         return self.returncode
 
-    def terminate(self):
+    def send_signal(self, number):
         if self.returncode is None:
-            os.kill(self.pid, signal.SIGTERM)
+            os.kill(self.pid, number)
+
+    def terminate(self):
+        self.send_signal(signal.SIGTERM)
+
+
+def job(main, command, stdout, stderr, env):
+    """In place of `subprocess.Popen([..., "execute", PROFILE, NAME], ...)`; `main` is the pipeline's."""
+    return Fork(lambda: main(command[command.index("execute") :]), stdout, env)

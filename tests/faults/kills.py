@@ -7,6 +7,7 @@ Each attempt is a fork of this process, so that it takes no longer than the run 
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import os
@@ -26,6 +27,7 @@ import numpy as np
 import torch
 
 from srlib import checkpoints, data, experiment, training
+from srlib.data import load
 
 RANDOM = 20
 TINY = dict(latent_dims=[2, 3], channels=2, n_steps=2, n_updates=3, batch_size=8, n_samples=20, snapshots=[2])
@@ -46,17 +48,22 @@ def config_of(system: str) -> experiment.Config:
     return experiment.Config.from_dict({"name": system, "system": system, **TINY, **OWN[system]})
 
 
+@functools.cache
+def few_digits() -> data.Dataset:
+    """Some of the digits, without labels, which no classifier can be asked about."""
+    digits = load("digits")
+    few = (data.Split(part.images[:n]) for part, n in ((digits.train, 40), (digits.validation, 4), (digits.test, 10)))
+    return data.Dataset("digits", *few, digits.license, digits.redistributable)
+
+
 @contextmanager
 def small_and_eager(systems: Iterable[str]):
-    """A few digits without labels, which no classifier can be asked about; a training saves after each update.
+    """Runs see `few_digits`, and save after each update.
 
     Runs of `systems` find in their forks what they import and what they know of their sources.
     """
-    digits = data.load("digits")
-    few = (data.Split(part.images[:n]) for part, n in ((digits.train, 40), (digits.validation, 4), (digits.test, 10)))
-    dataset = data.Dataset("digits", *few, digits.license, digits.redistributable)
     with (
-        patch.object(experiment, "load", lambda name: dataset),
+        patch.object(experiment, "load", lambda name: few_digits()),
         patch.object(training, "SECONDS_BETWEEN_SAVES", -1.0),
         forks.known_sources(systems),
         tempfile.TemporaryDirectory() as folder,
