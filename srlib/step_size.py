@@ -318,8 +318,9 @@ class StepSizeSearch:
             check_positive("factors", factor)
 
     def __call__(self, posterior: Posterior, step_size: Tensor, n_steps: int, rng: torch.Generator) -> StepSizeResult:
-        """The updated s for the posterior's sigma, from `step_size` ([], [K, 1, 1], [d] or [K, 1, d], as `share` says), with random numbers
-        from `rng`.
+        """The updated s for the posterior's sigma, from `step_size`, with random numbers from `rng`.
+
+        step_size : [], [K, 1, 1], [d] or [K, 1, d], as `share` says.
 
         The candidates of a descent are the step sizes on either side of the current one that its slopes come from.
         """

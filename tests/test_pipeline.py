@@ -20,29 +20,6 @@ sys.path[:0] = [str(ROOT / "papermill_runs"), str(ROOT / "tests" / "faults")]
 import forks  # noqa: E402
 import pipeline  # noqa: E402
 
-NOTEBOOK = """---
-jupytext:
-  text_representation:
-    extension: .md
-    format_name: myst
-kernelspec:
-  display_name: Python 3
-  language: python
-  name: python3
----
-
-# {title}
-
-```{{code-cell}} ipython3
-:tags: [parameters]
-
-{parameters}
-```
-
-```{{code-cell}} ipython3
-{code}
-```
-"""
 RUN = """from pathlib import Path
 from srlib import checkpoints, provenance
 from srlib.data import DatasetUnavailable
@@ -66,10 +43,10 @@ def project(tmp_path):
     (tmp_path / "papermill_runs").mkdir()
     (tmp_path / "book").mkdir()
     parameters = 'config = {}\noutput = ""'
-    text = NOTEBOOK.format(title="Run", parameters=parameters, code=RUN)
+    text = forks.NOTEBOOK.format(title="Run", parameters=parameters, code=RUN)
     (tmp_path / "papermill_runs" / "train.md").write_text(text)
     for name in ("alone", "reader"):
-        text = NOTEBOOK.format(title=name, parameters='profile = ""', code="print(profile)")
+        text = forks.NOTEBOOK.format(title=name, parameters='profile = ""', code="print(profile)")
         (tmp_path / "book" / f"{name}.md").write_text(text)
     matrix = {
         "label": "small",
@@ -485,7 +462,7 @@ def run_all(project, without_kernels, monkeypatch, capsys):
     """run_all(...): the status of `pipeline.py run quick ...` on the project, and what it printed; its jobs are forks."""
     root, _ = project
     monkeypatch.setattr(pipeline, "load_profile", partial(pipeline.load_profile, root=root))
-    monkeypatch.setattr(pipeline, "subprocess", SimpleNamespace(Popen=partial(forks.ForkedJob, pipeline.main)))
+    monkeypatch.setattr(pipeline, "subprocess", SimpleNamespace(Popen=partial(forks.job, pipeline.main)))
     monkeypatch.setenv("SRLIB_DATA", "")
 
     def run(*arguments, command="run"):

@@ -361,12 +361,16 @@ def test_a_step_size_for_each_step_beats_the_best_constant(linear_posterior):
     assert exact.short_run_kl(found.step_size, n_steps).item() < 0.95 * lowest
 
 
-def test_a_step_size_for_each_layer_beats_the_best_constant():
-    """The top layer is 5 times as stiff as the other: one number cannot suit both."""
+def stiff_top_layer():
+    """One image under two layers, of which the top one is much stiffer: one number cannot suit both."""
     weight = torch.diag(torch.tensor([10.0, 10.0, 2.0, 2.0, 2.0], dtype=torch.float64))
     g = TwoLayers(weight, torch.zeros(5, dtype=torch.float64))
-    single = srlib.Posterior(g, torch.ones(1, 5, 1, 1, dtype=torch.float64), 1.0)
-    exact, n_steps = srlib.ClosedForm(single), 6
+    return srlib.Posterior(g, torch.ones(1, 5, 1, 1, dtype=torch.float64), 1.0)
+
+
+def test_a_step_size_for_each_layer_beats_the_best_constant():
+    single, n_steps = stiff_top_layer(), 6
+    exact = srlib.ClosedForm(single)
     constant, lowest = best_constant(exact, n_steps)
     found = srlib.descend_step_size(copies(single, 200), constant, n_steps, "layer", n_iterations=40, rng=seeded())
     top, bottom = found.step_size.split((2, 3))
@@ -642,10 +646,8 @@ def test_repeated_descents_find_a_schedule_that_beats_the_best_constant():
 
 
 def test_repeated_descents_find_a_step_size_for_each_layer():
-    weight = torch.diag(torch.tensor([10.0, 10.0, 2.0, 2.0, 2.0], dtype=torch.float64))
-    g = TwoLayers(weight, torch.zeros(5, dtype=torch.float64))
-    single = srlib.Posterior(g, torch.ones(1, 5, 1, 1, dtype=torch.float64), 1.0)
-    exact, n_steps = srlib.ClosedForm(single), 6
+    single, n_steps = stiff_top_layer(), 6
+    exact = srlib.ClosedForm(single)
     constant, lowest = best_constant(exact, n_steps)
     search = srlib.StepSizeSearch("descent", n_images=128, share="layer")
     s = torch.full((5,), constant, dtype=torch.float64)

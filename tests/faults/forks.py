@@ -18,6 +18,30 @@ import papermill
 
 from srlib import experiment, provenance
 
+NOTEBOOK = """---
+jupytext:
+  text_representation:
+    extension: .md
+    format_name: myst
+kernelspec:
+  display_name: Python 3
+  language: python
+  name: python3
+---
+
+# {title}
+
+```{{code-cell}} ipython3
+:tags: [parameters]
+
+{parameters}
+```
+
+```{{code-cell}} ipython3
+{code}
+```
+"""
+
 
 @contextmanager
 def known_sources(systems: Iterable[str]) -> Iterator[None]:

@@ -59,31 +59,6 @@ from srlib import training
 data.load = experiment.load = lambda name: kills.few_digits()
 training.SECONDS_BETWEEN_SAVES = -1.0
 """
-CHAPTER = """---
-jupytext:
-  text_representation:
-    extension: .md
-    format_name: myst
-kernelspec:
-  display_name: Python 3
-  language: python
-  name: python3
----
-
-# {name}
-
-```{{code-cell}} ipython3
-:tags: [parameters]
-
-profile = ""
-```
-
-```{{code-cell}} ipython3
-print(profile, {value})
-```
-"""
-
-
 RUBBISH = (".tmp", ".partial.ipynb", ".source.ipynb", ".begun", "training.safetensors")
 
 
@@ -107,7 +82,9 @@ def new_project(root: Path) -> Path:
         notebook.replace("plots.use_style()\n", f"plots.use_style(){SMALL}")
     )
     for name in ("alone", "reader"):
-        (root / "book" / f"{name}.md").write_text(CHAPTER.format(name=name, value=len(name)))
+        (root / "book" / f"{name}.md").write_text(
+            forks.NOTEBOOK.format(title=name, parameters='profile = ""', code=f"print(profile, {len(name)})")
+        )
     matrix = {
         "label": "tiny",
         "defaults": TINY,
