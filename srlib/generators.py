@@ -292,7 +292,8 @@ def keep_signal(module: nn.Module) -> None:
     """
     if isinstance(module, (nn.Linear, nn.Conv2d, nn.ConvTranspose2d)):
         stride = module.stride[0] if isinstance(module, nn.ConvTranspose2d) else 1
-        nn.init.xavier_normal_(module.weight, GELU_GAIN * stride)
+        if not module.weight.is_meta:  # nothing to draw there, for which torch would load its compiler: seconds
+            nn.init.xavier_normal_(module.weight, GELU_GAIN * stride)
         nn.init.zeros_(module.bias)
 
 

@@ -34,7 +34,7 @@ class System(nn.Module):
         d = generator.latent_dim
         self.generator = generator
         self.register_buffer("aggregate_mean", torch.zeros(d))
-        self.register_buffer("aggregate_scale", torch.eye(d))
+        self.register_buffer("aggregate_scale", torch.zeros(d, d))  # read only where the count is positive
         self.register_buffer("aggregate_count", torch.zeros((), dtype=torch.int64))
 
     def infer(self, x: Tensor, mask: Tensor | None = None, rng: torch.Generator | None = None) -> Tensor:

@@ -305,9 +305,9 @@ def test_with_moment_matched_numbers_the_objective_of_a_linear_model_is_its_kl_t
     [
         (1, 1, False, 50),
         (1, 10, True, 50),
-        (1, 100, False, 100),
+        (1, 50, False, 60),
         (2, 5, False, 50),
-        (3, 40, True, 50),
+        (3, 24, True, 50),
         (6, 10, False, 50),
         (12, 6, True, 50),
         (20, 2, False, 50),
