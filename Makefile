@@ -59,6 +59,9 @@ serve: book  ## build the book and show it at http://localhost:8000
 test: $(READY)  ## all tests, on all cores
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto -m "not cuda"
 
+fault-test: $(READY)  ## kill, damage and misuse everything, less than 20 minutes; the book's page on tests tells the counts
+	@$(BIN)/python tests/faults/everything.py
+
 test-gpu: $(READY)  ## the tests that have a GPU version, on the GPU
 	@$(BIN)/python -m pytest -q -m cuda
 

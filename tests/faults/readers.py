@@ -409,7 +409,7 @@ def judge(reader: Reader, path: Path) -> str:
     try:
         reader.read(path)
     except reader.error as error:
-        if path.name not in str(error):
+        if path.name not in str(error) and f"{path.parent}/" not in str(error):  # or one that it names
             raise WrongEnding("the message does not name the file") from error
         chain: BaseException | None = error
         while chain is not None:
