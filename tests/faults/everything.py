@@ -1,6 +1,6 @@
-"""The long form of all fault tests, two programs at a time: counts what was survived and writes counted.json, which the book draws.
+"""The long form of all fault tests, two programs at a time; writes the record of which the book's page on tests tells.
 
-    python everything.py [SEED]     ends with 1 at the first thing that was not survived
+    python everything.py [SEED]     prints the counts; ends with 1 if anything was not survived
 
 `kills` and `readers` are several programs each; the property-based tests of every public function run with many more examples.
 """
@@ -14,9 +14,11 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
+from datetime import date
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import kills
 import readers
@@ -24,15 +26,21 @@ import readers
 from srlib import checkpoints, provenance
 
 HERE = Path(__file__).parent
-COUNTED = HERE / "counted.json"
+ROOT = HERE.parents[1]
+RECORD = ROOT / "benchmarks" / "measured" / "faults.json"
 FILES = 110_000  # damaged files in all
 COSTLY = {
     "config.yaml": 0.05,
     "image.png": 0.1,
     "image.jpg": 0.1,
     "train_32x32.mat": 0.1,
-}  # their share; the others have equal ones
-LONG_PROPERTIES = [sys.executable, "-m", "pytest", "-q", "-p", "no:xdist", "-p", "no:cacheprovider", "--hypothesis-show-statistics", "tests/test_bad_input.py", "-m", "not cuda"]  # fmt: skip
+}  # shares; others have equal ones
+PYTEST = [sys.executable, "-m", "pytest", "-q", "-p", "no:xdist", "-p", "no:cacheprovider", "-m", "not cuda"]
+
+
+class Ended(NamedTuple):
+    status: int
+    output: str
 
 
 def shares() -> dict[str, int]:
@@ -42,39 +50,62 @@ def shares() -> dict[str, int]:
 
 
 def commands(seed: int, folder: Path) -> dict[str, list[str]]:
-    """What is to be run, by a name; the longest first."""
-    program = {name: [sys.executable, str(HERE / f"{name}.py")] for name in ("run_all", "kills", "readers")}
-    found = {"run-all": [*program["run_all"], str(seed), str(folder / "run-all")], "properties": LONG_PROPERTIES}
-    found |= {f"kills {system}": [*program["kills"], str(seed), system] for system in kills.OWN}
-    for name, count in shares().items():
-        place = folder / name
+    """What is to be run, by a name; the longest first. Each has a folder of its own in `folder`."""
+
+    def program(name: str, *arguments: object) -> list[str]:
+        return [sys.executable, str(HERE / f"{name}.py"), *map(str, arguments)]
+
+    places = {name: folder / name for name in ("run-all", *readers.READERS)}
+    for place in places.values():
         place.mkdir()
-        found[f"reader {name}"] = [*program["readers"], name, str(count), str(seed), str(place)]
-    (folder / "run-all").mkdir()
-    return found
-
-
-def ended(name: str, command: list[str]) -> tuple[int, str, float]:
-    """Exit status, output and seconds of one program."""
-    started = time.monotonic()
-    environment = {
-        **os.environ,
-        "OMP_NUM_THREADS": "1",
-        "PYTHONPATH": str(HERE.parents[1]),
-        "HYPOTHESIS_PROFILE": "long",
+    return {
+        "run-all": program("run_all", seed, places["run-all"]),
+        "properties": [*PYTEST, "--hypothesis-show-statistics", "tests/test_bad_input.py"],
+        **{f"kills {system}": program("kills", seed, system) for system in kills.OWN},
+        **{f"reader {n}": program("readers", n, count, seed, places[n]) for n, count in shares().items()},
+        "tests": [*PYTEST, "--collect-only", "tests"],
     }
-    done = subprocess.run(command, cwd=HERE.parents[1], env=environment, capture_output=True, text=True)
-    seconds = time.monotonic() - started
-    print(f"{'survived' if done.returncode == 0 else 'FAILED':8}  {name}  ({seconds:.0f} s)", flush=True)
-    return done.returncode, done.stdout if done.returncode == 0 else done.stdout + done.stderr, seconds
 
 
-def counted(name: str, output: str) -> Any:
-    """What a program that survived says it did."""
-    if name == "properties":
-        examples = re.findall(r"(\d+) passing examples", output)
-        return {"examples": sum(map(int, examples)), "properties": int(re.findall(r"(\d+) passed", output)[0])}
-    return json.loads(output.splitlines()[-1])
+def run(name: str, command: list[str]) -> Ended:
+    """One program, until it ends."""
+    started = time.monotonic()
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "HYPOTHESIS_PROFILE": "long"}
+    done = subprocess.run(
+        command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+    told = "survived" if done.returncode == 0 else "FAILED"
+    print(f"{told:8}  {name}  ({time.monotonic() - started:.0f} s)", flush=True)
+    return Ended(done.returncode, done.stdout)
+
+
+def counts(done: dict[str, Ended]) -> dict[str, Any]:
+    """What the programs say they did, by the kind of fault."""
+    said = {name: ended.output for name, ended in done.items()}
+    last = {name: json.loads(said[name].splitlines()[-1]) for name in said if name not in ("properties", "tests")}
+    tests = Counter(re.findall(r"^tests/test_(\w+)\.py::", said["tests"], re.M))
+    return {
+        "kills": {name.removeprefix("kills "): c[name.removeprefix("kills ")] for name, c in last.items() if "kills" in name},
+        "run_all": last["run-all"],
+        "readers": {name.removeprefix("reader "): c for name, c in last.items() if name.startswith("reader ")},
+        "properties": {
+            "properties": int(re.findall(r"(\d+) passed", said["properties"])[0]),
+            "examples": sum(map(int, re.findall(r"(\d+) passing examples", said["properties"]))),
+        },
+        "tests": dict(sorted(tests.items())),
+    }  # fmt: skip
+
+
+def summary(found: dict[str, Any], seconds: float) -> str:
+    """The counts in a few lines."""
+    kills_of, files = found["kills"].values(), found["readers"].values()
+    return "\n".join([
+        f"runs killed: {sum(c['moments'] for c in kills_of)} times at a chosen moment, {sum(c['random'] for c in kills_of)} at a random one",
+        *(f"{fault}: {n} times" for fault, n in found["run_all"].items()),
+        f"damaged files: {sum(sum(c.values()) for c in files)}, of which {sum(c.get('read', 0) for c in files)} could be read",
+        f"arguments: {found['properties']['examples']} choices, {found['properties']['properties']} properties of the public functions",
+        f"nothing lost, no wrong ending, in {seconds / 60:.1f} minutes",
+    ])  # fmt: skip
 
 
 def main() -> int:
@@ -82,40 +113,15 @@ def main() -> int:
     started = time.monotonic()
     with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(2) as two:
         work = commands(seed, Path(folder))
-        done = dict(zip(work, two.map(ended, work, work.values())))
-    if failed := {name: output for name, (status, output, _) in done.items() if status}:
-        for name, output in failed.items():
-            print(f"--- {name}\n{output}")
+        done = dict(zip(work, two.map(run, work, work.values()), strict=True))
+    if failed := {name: ended.output for name, ended in done.items() if ended.status}:
+        print("\n".join(f"--- {name}\n{output}" for name, output in failed.items()))
         return 1
-    result = {
-        "seed": seed,
-        "counts": {name: counted(name, output) for name, (_, output, _) in done.items()},
-        "seconds": time.monotonic() - started,
-        "machine": provenance.environment(),
-    }
-    checkpoints.write_json(COUNTED, result)
-    print(summary(result))
+    found, seconds = counts(done), time.monotonic() - started
+    record = {"results": found, "seed": seed, "date": date.today().isoformat(), "seconds": seconds}
+    checkpoints.write_json(RECORD, record | {"environment": provenance.environment()})
+    print(summary(found, seconds))
     return 0
-
-
-def summary(result: dict[str, Any]) -> str:
-    """The counts in a few lines."""
-    counts = result["counts"]
-    killed = {
-        kind: sum(c[kind] for name, c in counts.items() if name.startswith("kills")) for kind in ("moments", "random")
-    }
-    files = {
-        kind: sum(c.get(kind, 0) for name, c in counts.items() if name.startswith("reader"))
-        for kind in ("read", "refused")
-    }
-    properties = counts["properties"]
-    return "\n".join([
-        f"runs killed: {killed['moments']} times at a chosen moment, {killed['random']} at a random one; nothing lost",
-        *(f"{fault}: {n} survived" for fault, n in counts["run-all"].items()),
-        f"damaged files: {sum(files.values())}, of which {files['refused']} refused, {files['read']} read",
-        f"arguments tried: {properties['examples']}, for {properties['properties']} properties of the public functions",
-        f"{result['seconds'] / 60:.1f} minutes",
-    ])  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -17,8 +17,9 @@ import signal
 import struct
 import sys
 import warnings
+import zlib
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -213,8 +214,6 @@ def mat_files() -> list[bytes]:
 
 def other_mat_element(rng: Rng, content: bytes) -> bytes:
     """A compressed file in whose inflated elements something is changed, or one number in a plain file."""
-    import zlib
-
     if content[128:132] == b"\x0f\0\0\0":
         size = struct.unpack("<I", content[132:136])[0]
         inner = bytearray(zlib.decompress(content[136 : 136 + size]))
@@ -365,15 +364,45 @@ def image_files(kind: str) -> Callable[[], list[bytes]]:
     return files
 
 
-def other_image_size(rng: Rng, content: bytes) -> bytes:
-    """Another width and height: in the PNG header with its checksum, or in the JPEG's frame header."""
-    import zlib
+def other_png(rng: Rng, content: bytes) -> bytes:
+    """A PNG with whole checksums: another size or kind of pixels, a chunk changed, doubled or left out, other compressed pixels."""
+    chunks = list(png_chunks(content))
+    for _ in range(rng.integers(1, 3)):
+        i, kind = int(rng.integers(0, len(chunks))), rng.integers(0, 6)
+        name, inside = chunks[i]
+        if kind < 2:
+            sizes = struct.pack(">II", *(int(s) for s in rng.choice([0, 1, 32, 33, 2**16, 2**31 - 1, 2**32 - 1], 2)))
+            modes = bytes(int(b) for b in rng.choice([0, 1, 2, 3, 4, 6, 8, 16, 255], 5))
+            chunks[0] = (b"IHDR", (sizes if kind else chunks[0][1][:8]) + modes)
+        elif kind == 2:
+            chunks[i] = (OTHER_CHUNKS[int(rng.integers(0, len(OTHER_CHUNKS)))], mutated(inside, rng))
+        elif kind == 3:
+            chunks[i:i] = [(name, inside)] * int(rng.integers(1, 3))
+        elif kind == 4 and len(chunks) > 1:
+            del chunks[i]
+        else:  # pixels that inflate to fewer, others or far more
+            size = int(rng.choice([0, 1, 100, 3104, 3105, 2**22]))
+            chunks[i] = (name, zlib.compress(rng.bytes(min(size, 4000)).ljust(size, b"\0"), 1))
+    return content[:8] + b"".join(
+        struct.pack(">I", len(inside)) + name + inside + struct.pack(">I", zlib.crc32(name + inside))
+        for name, inside in chunks
+    )
 
-    if content[:4] == b"\x89PNG":
-        header = bytearray(content[12:29])
-        header[4:12] = struct.pack(">II", *(int(s) for s in rng.choice([0, 1, 32, 33, 2**16, 2**31 - 1, 2**32 - 1], 2)))
-        header[12:17] = bytes(int(b) for b in rng.choice([0, 1, 2, 3, 4, 6, 8, 16, 255], 5))
-        return content[:12] + bytes(header) + struct.pack(">I", zlib.crc32(header)) + content[33:]
+
+OTHER_CHUNKS = [b"IHDR", b"PLTE", b"IDAT", b"IEND", b"tRNS", b"zTXt", b"iTXt", b"iCCP", b"gAMA", b"acTL", b"fdAT", b"eXIf", b"sBIT"]  # fmt: skip
+
+
+def png_chunks(content: bytes) -> Iterator[tuple[bytes, bytes]]:
+    """Name and inside of every chunk of a whole PNG."""
+    place = 8
+    while place < len(content):
+        size = struct.unpack(">I", content[place : place + 4])[0]
+        yield content[place + 4 : place + 8], content[place + 8 : place + 8 + size]
+        place += 12 + size
+
+
+def other_jpeg(rng: Rng, content: bytes) -> bytes:
+    """Another width and height in the frame header of a JPEG, and perhaps more."""
     changed = bytearray(content)
     frame = max(content.find(b"\xff\xc0"), content.find(b"\xff\xc2"))
     changed[frame + 5 : frame + 9] = struct.pack(">HH", *(int(s) for s in rng.choice([0, 1, 32, 33, 2**16 - 1], 2)))
@@ -394,8 +423,8 @@ READERS = {
         Reader("train_32x32.mat", data._read_mat, data.DataError, mat_files, other_mat_element),
         Reader("model.safetensors", checkpoints.load, checkpoints.CheckpointError, safetensors_files, other_safetensors_header),
         Reader("metrics.json", read_metrics, checkpoints.CheckpointError, metrics_files, other_sealed_metrics),
-        Reader("image.png", read_image, data.DataError, image_files("PNG"), other_image_size),
-        Reader("image.jpg", read_image, data.DataError, image_files("JPEG"), other_image_size),
+        Reader("image.png", read_image, data.DataError, image_files("PNG"), other_png),
+        Reader("image.jpg", read_image, data.DataError, image_files("JPEG"), other_jpeg),
     )
 }  # fmt: skip
 
