@@ -100,7 +100,7 @@ def load_profile(name: str, seeds: list[int] | None = None, root: Path = ROOT) -
     """The jobs of papermill_runs/NAME.yaml; every configuration in it is checked before anything starts."""
     path = root / "papermill_runs" / f"{name}.yaml"
     if not re.fullmatch(r"[\w-]+", name) or not path.exists():
-        known = sorted(found.stem for found in path.parent.glob("*.yaml"))
+        known = sorted(found.stem for found in path.parent.glob("*.yaml") if found.name != "claims.yaml")
         raise PipelineError(f"unknown profile {name!r}; there are: {', '.join(known)}")
     try:
         matrix = checkpoints.read_yaml(path)
@@ -135,7 +135,9 @@ def load_profile(name: str, seeds: list[int] | None = None, root: Path = ROOT) -
             jobs[run] = Job(run, notebook, *files, parameters, (), seconds, config, by_priority)
     for row in _entry(path, matrix, "chapters", [], list):
         _check_mapping(path, row, {"notebook", "needs", "seconds"})
-        chapter, wanted = _entry(path, row, "notebook", "", str), _entry(path, row, "needs", [], list)
+        chapter, needed = _entry(path, row, "notebook", "", str), _entry(path, row, "needs", [], list)
+        # needs may hold the needs of other chapters as lists, since YAML cannot join them
+        wanted = list(dict.fromkeys(n for entry in needed for n in (entry if isinstance(entry, list) else [entry])))
         output, notebook = folder / "book" / f"{chapter}.ipynb", root / "book" / f"{chapter}.md"
         if not re.fullmatch(r"[\w-]+", chapter) or not notebook.exists():
             raise PipelineError(f"{path}, chapter {chapter!r}: there is no notebook {notebook}")
@@ -197,7 +199,8 @@ def key(job: Job, profile: Profile) -> str:
     results = [checkpoints.read_json(run.output.with_name("metrics.json"))["checksum"] for run in read]
     results += [f"{run} diverged" for run in job.needs if diverged(profile.jobs[run])]
     here = job.notebook.parent
-    tables = [*sorted(here.glob("*.yaml")), *sorted(here.glob("../benchmarks/measured/*.json"))]
+    folders = ("*.yaml", "../papermill_runs/*.yaml", "../benchmarks/measured/*.json")
+    tables = [path for folder in folders for path in sorted(here.glob(folder))]
     tables = [path for path in tables if any(f'"{path.name}"' in cell for cell in cells)]
     parts = [
         job.notebook.read_text(),

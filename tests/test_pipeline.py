@@ -96,7 +96,9 @@ def test_a_change_repeats_just_what_depends_on_it(project, without_kernels):
     assert execute_all(root) == ["tiny-seed0"]
 
 
-@pytest.mark.parametrize("folder, suffix", [("book", "yaml"), ("benchmarks/measured", "json")])
+@pytest.mark.parametrize(
+    "folder, suffix", [("book", "yaml"), ("papermill_runs", "yaml"), ("benchmarks/measured", "json")]
+)
 def test_a_chapter_is_repeated_when_a_table_that_it_reads_changes(project, without_kernels, folder, suffix):
     root, _ = project
     (root / folder).mkdir(parents=True, exist_ok=True)
@@ -447,7 +449,7 @@ def test_a_row_without_seconds_is_estimated_from_those_of_its_updates(project):
 def test_a_chapter_gets_the_seeds_of_its_runs_if_it_asks_for_them(project):
     root, matrix = project
     matrix["runs"] = [{"name": "tiny", "seeds": [4, 2]}, {"name": "other", "seeds": [2, 5]}]
-    matrix["chapters"][1]["needs"] = ["tiny", "other"]
+    matrix["chapters"][1]["needs"] = [["tiny"], "other", ["tiny"]]  # lists are those of other chapters
     write_matrix(root, matrix)
     path = root / "book" / "reader.md"
     path.write_text(path.read_text().replace('profile = ""', 'profile, seed, seeds = "", 0, [0]'))

@@ -1,0 +1,185 @@
+"""Verdicts: what evidence says to a claim, and how evidence is taken from runs."""
+
+import math
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+import srlib
+from srlib import checkpoints, claims
+from srlib.claims import FAILS, HOLDS, INCONCLUSIVE, MIXED, NOT_RUN, Claim, Evidence, Judged
+
+sys.path.insert(0, str(Path(__file__).parent))
+from test_comparison import write_run
+
+ROOT = Path(__file__).parent.parent
+MSE = {"quantity": "score_difference", "options": {"score": "mse"}, "below": 0.0}
+
+
+def claim(runs, cases=None, **given):
+    return Claim("c", "It is so.", "Table 1", runs=tuple(runs), chapter="systems", cases=cases, **{**MSE, **given})
+
+
+@pytest.mark.parametrize(
+    "lower, upper, expected",
+    [(-0.1, 0.1, HOLDS), (0.3, 0.5, FAILS), (-0.9, -0.3, FAILS), (0.1, 0.3, INCONCLUSIVE), (-1, 1, INCONCLUSIVE),
+     (-math.inf, math.inf, INCONCLUSIVE), (0.2, 0.2, FAILS)],
+)  # fmt: skip
+def test_a_verdict_compares_two_intervals(lower, upper, expected):
+    assert claims.verdict(Evidence((lower + upper) / 2, lower, upper, "4 seeds"), -0.2, 0.2) == expected
+
+
+@pytest.mark.parametrize(
+    "verdicts, expected",
+    [((HOLDS, INCONCLUSIVE, NOT_RUN), HOLDS), ((FAILS, NOT_RUN), FAILS), ((HOLDS, FAILS), MIXED),
+     ((INCONCLUSIVE, NOT_RUN), INCONCLUSIVE), ((NOT_RUN, NOT_RUN), NOT_RUN)],
+)  # fmt: skip
+def test_cases_that_are_decided_and_agree_decide(verdicts, expected):
+    assert claims.overall([Judged(claims.Case((), ""), verdict, None) for verdict in verdicts]) == expected
+
+
+def test_the_interval_is_students():
+    """t of 2 degrees of freedom at 97.5 % is 4.303; the standard error of 1, 2, 3 is 1 / sqrt(3)."""
+    found = claims.over([1.0, 2.0, 3.0], "seeds")
+    assert found.effect == 2 and found.of == "3 seeds"
+    assert found.upper - 2 == pytest.approx(4.3027 / 3**0.5, rel=1e-4) and found.lower == pytest.approx(4 - found.upper)
+
+
+@pytest.mark.parametrize("values", [[0.3], [0.3, 0.3]])
+def test_one_value_and_equal_values_have_no_interval(values):
+    found = claims.over(values, "seeds")
+    assert (found.lower, found.upper) == (-math.inf, math.inf)
+
+
+def test_seeds_are_paired(tmp_path):
+    """Seeds differ by far more than the two systems do; seed 3 is there for one of them only."""
+    for seed, base in enumerate((0.03, 0.05, 0.09)):
+        write_run(tmp_path, "a", mse=base - 0.002 - 1e-5 * seed, seed=seed)
+        write_run(tmp_path, "b", mse=base, seed=seed)
+    write_run(tmp_path, "a", mse=9.0, seed=3)
+    (judged,) = claims.judge(claim(["a", "b"]), tmp_path)
+    assert (
+        judged.verdict == HOLDS
+        and judged.evidence.effect == pytest.approx(-0.00201)
+        and judged.evidence.of == "3 seeds"
+    )
+
+
+@pytest.mark.parametrize("gap, expected", [(0.0029, HOLDS), (0.0027, INCONCLUSIVE), (-0.003, FAILS)])
+def test_one_seed_is_judged_by_its_errors_over_images(tmp_path, gap, expected):
+    write_run(tmp_path, "a", mse=0.03, error=0.001)
+    write_run(tmp_path, "b", mse=0.03 + gap, error=0.001)
+    assert claims.judge(claim(["a", "b"]), tmp_path)[0].verdict == expected
+
+
+def test_the_best_of_several_is_compared_and_distances_are_read(tmp_path):
+    for name, fd in (("a", 5.0), ("b", 9.0), ("c", 4.0)):
+        samples = {"fd_digits": fd, "fd_digits_standard_error": 0.1}
+        write_run(tmp_path, name, scores={"samples_prior": samples})
+    (judged,) = claims.judge(claim(["a", "b", "c"], options={"score": "fd"}), tmp_path)
+    assert judged.evidence.effect == pytest.approx(1.0) and judged.verdict == FAILS
+
+
+def test_runs_that_are_not_there_or_diverged_decide_nothing(tmp_path):
+    write_run(tmp_path, "a-L1")
+    write_run(tmp_path, "a-L3")
+    (tmp_path / "b-L3-seed0").mkdir()
+    checkpoints.write_json(tmp_path / "b-L3-seed0" / "diverged.json", {"reason": "it did"})
+    found = claims.judge(claim(["a-L{layers}", "b-L{layers}"], cases={"layers": [1, 3]}), tmp_path)
+    assert [judged.verdict for judged in found] == [NOT_RUN, claims.DIVERGED]
+    assert [judged.case.title for judged in found] == ["L = 1", "L = 3"]
+
+
+def test_step_sizes_are_compared_as_ratios_of_noise_scales(tmp_path):
+    for seed, delta in enumerate((0.04, 0.05, 0.06)):
+        write_run(tmp_path, "grid", scores={"noise_scale": delta}, seed=seed)
+        write_run(tmp_path, "descent", scores={"noise_scale": 1.1 * delta}, seed=seed)
+    seeds = {name: {s: tmp_path / f"{name}-seed{s}" for s in range(3)} for name in ("grid", "descent")}
+    assert claims.end_of_search(seeds["descent"], seeds["grid"]).effect == pytest.approx(math.log(1.1))
+    assert claims.end_of_search(seeds["grid"], reference=0.05).effect == pytest.approx(math.log(0.96) / 3)
+    spread = claims.spread_of_ends(seeds["grid"])
+    logs = torch.tensor([0.04, 0.05, 0.06]).log()
+    assert spread.effect == pytest.approx(logs.std().item(), rel=1e-5)
+    # chi square of 2 degrees of freedom is exponential: its quantiles are -2 log(1 - q)
+    assert spread.lower == pytest.approx(spread.effect / math.sqrt(-math.log(0.025)), rel=1e-6)
+    assert spread.upper == pytest.approx(spread.effect / math.sqrt(-math.log(0.975)), rel=1e-6)
+
+
+def test_a_late_change_is_relative_to_the_annealed_sigma(tmp_path):
+    """s follows sigma^2 for the first half, which is no change; then s doubles."""
+    folders = {}
+    for seed in range(2):
+        folders[seed] = write_run(tmp_path, "a", seed=seed)
+        sigma = [0.3, 0.2, 0.15, 0.15, 0.15]
+        s = [value**2 for value in sigma[:-1]] + [(2 + 1e-6 * seed) * 0.15**2]
+        checkpoints.write_json(folders[seed] / "history.json", {"history": {"sigma": sigma, "step_size": s}})
+    assert claims.late_change(folders).effect == pytest.approx(0.5 * math.log(2), rel=1e-5)
+
+
+@pytest.fixture
+def linear_run(monkeypatch):
+    """A run whose model is linear: curvatures 1 + w^2 / sigma^2 = 2 and 5, and 4 steps of size 0.15."""
+    g = srlib.LinearGenerator(torch.diag(torch.tensor([1.0, 2.0])).double(), torch.zeros(2).double())
+    system = SimpleNamespace(generator=g, sigma=1.0, n_steps=4, step_size=0.15)
+    images = torch.tensor([[0.5, -1.0], [2.0, 0.3]]).double().reshape(2, 2, 1, 1)
+    monkeypatch.setattr(claims, "_system", lambda folder, n: (system, images[:n]))
+    return {0: Path()}
+
+
+def test_eigenvalues_of_a_linear_model(linear_run):
+    found = claims.smallest_eigenvalue(linear_run, 2)
+    assert found.effect == pytest.approx((1 - 0.15 * 5) ** 4) and found.of == "2 images"
+
+
+def test_the_share_of_the_start_in_a_linear_model(linear_run):
+    """Variance (1 - s c)^2K of the start; 2 s sum (1 - s c)^2k of the noise: nothing of both together."""
+    start = noise = 0.0
+    for c in (2, 5):
+        r = 1 - 0.15 * c
+        start, noise = start + r**8, noise + 0.3 * sum(r ** (2 * k) for k in range(4))
+    found = claims.start_share(linear_run, 2, n_draws=200)
+    assert found.effect == pytest.approx(start / (start + noise), rel=0.2)
+
+
+def test_lengths_of_the_two_terms(linear_run, monkeypatch):
+    """With its last state at 0 the gradient is w x / sigma^2, here (0.5, -2)."""
+    posterior, chain = claims._short_run(Path(), 1)
+    chain.trajectory[-2] = 0
+    monkeypatch.setattr(claims, "_short_run", lambda folder, n: (posterior, chain))
+    expected = 0.15 * math.hypot(0.5, 2.0) / math.sqrt(2 * 0.15 * 2)
+    assert claims.gradient_to_noise(linear_run, 1).effect == pytest.approx(math.log(expected))
+
+
+@pytest.mark.parametrize(
+    "given, complaint",
+    [({"quantity": "luck"}, "quantity='luck' is unknown"), ({"below": math.inf}, "everything"), ({"above": 1.0}, "nothing is between")],
+)  # fmt: skip
+def test_claims_that_cannot_be_judged_are_refused(given, complaint):
+    with pytest.raises(ValueError, match=complaint):
+        claim(["a", "b"], **given)
+
+
+@pytest.mark.parametrize(
+    "text, complaint",
+    [("- {name: a}", "not complete"), ("- &a {name: a, statement: s, place: p, quantity: spread_of_ends, runs: [x], chapter: c, below: 1}\n- *a", "more than one"),
+     ("- {name: a, statement: s, place: p, quantity: spread_of_ends, runs: [x], chapter: c, below: 1, verdict: holds}", "unknown entries")],
+)  # fmt: skip
+def test_a_ledger_that_does_not_fit_is_refused(tmp_path, text, complaint):
+    (tmp_path / "claims.yaml").write_text(text)
+    with pytest.raises(ValueError, match=complaint):
+        claims.load_claims(tmp_path / "claims.yaml")
+
+
+def test_the_ledger_names_runs_and_chapters_that_there_are():
+    """Each case is a row of the digits or of the reference matrix, so that it can be judged; typed verdicts are refused above."""
+    matrices = [
+        checkpoints.read_yaml(ROOT / "papermill_runs" / f"{profile}.yaml") for profile in ("digits", "reference")
+    ]
+    rows = {row["name"] for matrix in matrices for row in matrix["runs"]}
+    for entry in claims.load_claims(ROOT / "papermill_runs" / "claims.yaml"):
+        assert (ROOT / "book" / f"{entry.chapter}.md").exists()
+        unknown = [run for case in entry.all_cases() for run in case.runs if run not in rows]
+        assert not unknown, (entry.name, unknown)
