@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from .posterior import Posterior
     from .system import System
 
+ONE_SEED = " for one seed"  # errors over images do not tell how far another training would be
 CONFIDENCE = 0.95
 LETTERS = {"layers": "L", "n_steps": "K"}
 HOLDS, FAILS, INCONCLUSIVE, NOT_RUN, DIVERGED, MIXED = "holds", "fails", "inconclusive", "not run", "diverged", "mixed"
@@ -120,7 +121,9 @@ def judge(claim: Claim, results: Path) -> list[Judged]:
         runs = [_seeds(results, name) for name in case.runs]
         if all(runs):
             evidence = QUANTITIES[claim.quantity](*runs, **claim.options or {})
-            judged.append(Judged(case, verdict(evidence, claim.above, claim.below), evidence))
+            found = verdict(evidence, claim.above, claim.below)
+            one_seed = evidence.of.startswith("1 seed") and found in (HOLDS, FAILS)
+            judged.append(Judged(case, found + ONE_SEED if one_seed else found, evidence))
         else:
             missing = [name for name, found in zip(case.runs, runs, strict=True) if not found]
             lost = all(any(results.glob(f"{name}-seed*/diverged.json")) for name in missing)
@@ -136,12 +139,13 @@ def verdict(evidence: Evidence, above: float, below: float) -> str:
 
 
 def overall(judged: Sequence[Judged]) -> str:
-    """The verdict on all cases: that of those that are decided, if they agree."""
+    """The verdict on all cases: that of those that are decided, if they agree; first those with several seeds are asked."""
     found = {case.verdict for case in judged}
-    decided = found & {HOLDS, FAILS}
-    if len(decided) == 2:
-        return MIXED
-    return decided.pop() if decided else INCONCLUSIVE if INCONCLUSIVE in found else found.pop()
+    for end in ("", ONE_SEED):
+        decided = found & {HOLDS + end, FAILS + end}
+        if decided:
+            return decided.pop() if len(decided) == 1 else MIXED + end
+    return INCONCLUSIVE if INCONCLUSIVE in found else min(found)
 
 
 # --- quantities: functions of runs, each of which is a mapping of seeds to folders ----------------------------

@@ -10,7 +10,7 @@ import torch
 
 import srlib
 from srlib import checkpoints, claims
-from srlib.claims import FAILS, HOLDS, INCONCLUSIVE, MIXED, NOT_RUN, Claim, Evidence, Judged
+from srlib.claims import FAILS, HOLDS, INCONCLUSIVE, MIXED, NOT_RUN, ONE_SEED, Claim, Evidence, Judged
 
 sys.path.insert(0, str(Path(__file__).parent))
 from test_comparison import write_run
@@ -35,7 +35,8 @@ def test_a_verdict_compares_two_intervals(lower, upper, expected):
 @pytest.mark.parametrize(
     "verdicts, expected",
     [((HOLDS, INCONCLUSIVE, NOT_RUN), HOLDS), ((FAILS, NOT_RUN), FAILS), ((HOLDS, FAILS), MIXED),
-     ((INCONCLUSIVE, NOT_RUN), INCONCLUSIVE), ((NOT_RUN, NOT_RUN), NOT_RUN)],
+     ((INCONCLUSIVE, NOT_RUN), INCONCLUSIVE), ((NOT_RUN, NOT_RUN), NOT_RUN), ((HOLDS, FAILS + ONE_SEED), HOLDS),
+     ((HOLDS + ONE_SEED, INCONCLUSIVE), HOLDS + ONE_SEED), ((HOLDS + ONE_SEED, FAILS + ONE_SEED), MIXED + ONE_SEED)],
 )  # fmt: skip
 def test_cases_that_are_decided_and_agree_decide(verdicts, expected):
     assert claims.overall([Judged(claims.Case((), ""), verdict, None) for verdict in verdicts]) == expected
@@ -68,7 +69,9 @@ def test_seeds_are_paired(tmp_path):
     )
 
 
-@pytest.mark.parametrize("gap, expected", [(0.0029, HOLDS), (0.0027, INCONCLUSIVE), (-0.003, FAILS)])
+@pytest.mark.parametrize(
+    "gap, expected", [(0.0029, HOLDS + ONE_SEED), (0.0027, INCONCLUSIVE), (-0.003, FAILS + ONE_SEED)]
+)
 def test_one_seed_is_judged_by_its_errors_over_images(tmp_path, gap, expected):
     write_run(tmp_path, "a", mse=0.03, error=0.001)
     write_run(tmp_path, "b", mse=0.03 + gap, error=0.001)
@@ -80,7 +83,7 @@ def test_the_best_of_several_is_compared_and_distances_are_read(tmp_path):
         samples = {"fd_digits": fd, "fd_digits_standard_error": 0.1}
         write_run(tmp_path, name, scores={"samples_prior": samples})
     (judged,) = claims.judge(claim(["a", "b", "c"], options={"score": "fd"}), tmp_path)
-    assert judged.evidence.effect == pytest.approx(1.0) and judged.verdict == FAILS
+    assert judged.evidence.effect == pytest.approx(1.0) and judged.verdict == FAILS + ONE_SEED
 
 
 def test_runs_that_are_not_there_or_diverged_decide_nothing(tmp_path):
