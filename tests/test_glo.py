@@ -59,6 +59,16 @@ def test_training_starts_from_images_of_the_mean_colour(new_system, images):
     assert system.sample(200).mean().item() == pytest.approx(mean, abs=0.1)
 
 
+def test_mostly_black_images_are_learned(device):
+    """Digits at the rate of their matrix, which ended as one black image when training began from grey."""
+    digits = srlib.load("digits").train.images[:256]
+    torch.manual_seed(0)
+    system = GLO(srlib.TopDownGenerator((32,), (1, 28, 28), channels=16, feature_size=7)).to(device)
+    history = fit(system, digits, 25, batch_size=64, learning_rates=(1e-2,), betas=(0.5, 0.999))
+    x = system.as_input(digits)
+    assert history["mse"][-1] < 0.5 * (x - x.mean(0)).square().mean()
+
+
 def latents(directory):
     return checkpoints.load(resume_file(directory))[0]["own.latents"]
 
