@@ -28,7 +28,6 @@ import subprocess
 import sys
 import threading
 import time
-from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from html import escape
@@ -662,7 +661,7 @@ def runs_page(profile: Profile) -> str:
         "| run | dataset | updates | MSE | scored on | seconds | sources |",
         "|---|---|---|---|---|---|---|",
     ]
-    processors: Counter[str] = Counter()
+    where = []
     for job in profile.runs:
         if reason := absence(job):
             lines.append(f"| {job.name} | {job.config.dataset} | | {_as_text(reason)} | | | |")
@@ -674,13 +673,26 @@ def runs_page(profile: Profile) -> str:
             f"| {scores['mse']:.4f} ± {scores['mse_standard_error']:.4f} | {scores['n_images']:d} {_as_text(scores['split'])} images "
             f"| {metrics['seconds']['training']:.0f} | {_sources(job, profile)} |"
         )
-        processors[_as_text(metrics["environment"]["processor"])] += 1
+        machine, memory = metrics["environment"], metrics["peak_memory"]
+        where.append(
+            f"| {job.name} | {config['seed']:d} | `{_as_text(metrics['data']['fingerprint'])}` | `{_as_text(metrics['source_hash'][:12])}` "
+            f"| {_as_text(machine['processor'])} | {_as_text(machine['torch'])} | {f'{memory / 1e9:.1f} GB' if memory else ''} |"
+        )
     lines += [
         "",
-        "MSE is per pixel on $[-1, 1]$, with its standard error over images; seconds are those of the training, on ",
+        "MSE is per pixel on $[-1, 1]$, with its standard error over images; seconds are those of the training.",
+        "",
+        "## Where they come from",
+        "",
+        "| run | seed | images | code | processor | PyTorch | memory |",
+        "|---|---|---|---|---|---|---|",
+        *where,
+        "",
+        "Images and code are named by the first digits of their hashes, kept with all versions in each run's `metrics.json`. The code is that of all modules that the run can reach; comments and formatting do not count.",
+        "",
+        "## Chapters",
+        "",
     ]
-    lines += ["; ".join(f"{name} ({count} runs)" for name, count in processors.items()) or "no machine yet"]
-    lines += [".", "", "## Chapters", ""]
     lines += ["| chapter | seconds to execute | sources |", "|---|---|---|"]
     lines += [
         f"| {{doc}}`{job.name}` | {checkpoints.read_json(job.result)['seconds']:.0f} | {_sources(job, profile)} |"
