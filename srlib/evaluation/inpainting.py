@@ -1,0 +1,167 @@
+"""Inpainting (section 5.3): hidden pixels from observed ones, what it is judged by, and what needs no latents.
+
+    m = 1: observed, m = 0: hidden
+    e ~ q(e | m x),    xhat = m x + (1 - m) g(e)                                                   Eq. (10) with the masked score
+    error  = sum (1 - m) (x - xhat)^2 / sum (1 - m)
+    spread = (1 + 1/M) (1/(M - 1)) sum_j (xhat_j - mean)^2,    over the hidden pixels of M draws
+
+The mean of M draws misses one more draw of the same law by the spread, in expectation: so if the truth is as good as a draw, error of
+the mean and spread agree, and the truth's rank among the draws is uniform on 0, ..., M.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..closed_form import ClosedForm
+from ..generators import LinearGenerator, check_tensor, check_whole, given_or_fresh
+from ..posterior import Posterior
+from ..system import System
+
+BATCH = 200  # images that are inpainted at once
+KINDS = ("pixels", "block", "left", "right", "top", "bottom")  # of what can be hidden
+
+
+def observed_mask(
+    kind: str, n: int, image_shape: tuple[int, int, int], rate: float, rng: torch.Generator | None = None
+) -> Tensor:
+    """Masks [n, 1, H, W], True = observed, which hide exactly round(rate H W) pixels of each image, in all colours.
+
+    kind : "pixels", anywhere; "block", a square around a random pixel, as far as it lies in the image (where it does not, it is
+        larger); "left", "right", "top" or "bottom", so many columns or rows from there, the last of them in part.
+    rate : share of the pixels to hide. Raises ValueError where it leaves none hidden or none observed.
+    """
+    check_whole("n", n)
+    if kind not in KINDS:
+        raise ValueError(f"kind={kind!r} must be one of {', '.join(KINDS)}")
+    if isinstance(rate, bool) or not isinstance(rate, (int, float)) or not 0 < rate < 1:
+        raise ValueError(f"rate={rate!r} must lie between 0 and 1")
+    _, height, width = image_shape
+    n_pixels = height * width
+    n_hidden = round(rate * n_pixels)
+    if not 0 < n_hidden < n_pixels:
+        raise ValueError(
+            f"rate={rate!r} of {height}x{width} pixels hides {n_hidden}; leave some hidden and some observed"
+        )
+    rng = given_or_fresh(rng)
+    row, column = torch.arange(height)[:, None], torch.arange(width)
+    # every kind is an order in which pixels disappear, the smallest number first
+    if kind == "pixels":
+        order = torch.rand(n, height, width, generator=rng)
+    elif kind == "block":
+        centre = torch.randint(n_pixels, (n, 1, 1), generator=rng)
+        order = torch.maximum((row - centre // width).abs(), (column - centre % width).abs())
+    else:
+        side = {"left": column, "right": -column, "top": row, "bottom": -row}[kind]
+        order = side.expand(n, height, width)
+    hidden = order.flatten(1).argsort(dim=1, stable=True)[:, :n_hidden]
+    return torch.ones(n, n_pixels, dtype=torch.bool).scatter(1, hidden, False).view(n, 1, height, width)
+
+
+def inpaintings(
+    system: System, images: Tensor, mask: Tensor, n_draws: int, rng: torch.Generator | None = None
+) -> Tensor:
+    """Independent draws [n_draws, n, C, H, W] of the images [n, C, H, W] in [-1, 1], observed pixels as they are.
+
+    Each is a `system.reconstruct` that starts anew. Hidden pixels are mean images g(e) without pixel noise; those of `images`
+    are not looked at, and may be NaN. Raises ValueError for a mask that does not fit, and for systems that take none.
+    """
+    check_whole("n_draws", n_draws)
+    check_tensor("mask", mask)
+    posterior = Posterior(system.generator, system.as_input(images), 1.0, mask)  # checks that all fits; hides
+    x, observed = posterior.x, posterior.mask.expand_as(posterior.x)
+    rng = given_or_fresh(rng)
+    batches = zip(*(t.repeat(n_draws, 1, 1, 1).split(BATCH) for t in (x, observed)))
+    drawn = torch.cat([system.reconstruct(*batch, rng) for batch in batches])
+    return torch.where(observed > 0, x, drawn.view(n_draws, *x.shape))
+
+
+def hidden_squared_error(images: Tensor, inpainted: Tensor, mask: Tensor) -> Tensor:
+    """Mean squared error per hidden pixel of each image: [n], on [-1, 1]. inpainted: [n, C, H, W], or draws [M, n, C, H, W] -> [M, n]."""
+    hidden = _hidden(images, inpainted, mask)
+    return (images - inpainted).square().mul(hidden).flatten(-3).sum(-1) / hidden.flatten(1).sum(1)
+
+
+def hidden_spread(images: Tensor, draws: Tensor, mask: Tensor) -> Tensor:
+    """The spread above of M > 1 draws [M, n, C, H, W], over the hidden pixels of each image: [n]; `images` are for their shape.
+
+    For draws of the truth's own law its expectation is that of `hidden_squared_error` of their mean.
+    """
+    hidden = _hidden(images, draws, mask)
+    return pixel_spread(draws).mul(hidden).flatten(1).sum(1) / hidden.flatten(1).sum(1)
+
+
+def pixel_spread(draws: Tensor) -> Tensor:
+    """(1 + 1/M) times the variance of M > 1 draws [M, n, C, H, W] at each pixel: [n, C, H, W]."""
+    if draws.ndim != 5 or len(draws) < 2:
+        raise ValueError(f"draws have shape {tuple(draws.shape)}; a spread takes [M, n, C, H, W] with M > 1")
+    return (1 + 1 / len(draws)) * draws.var(0)
+
+
+def rank_of_truth(images: Tensor, draws: Tensor, mask: Tensor) -> Tensor:
+    """How many of M draws [M, n, C, H, W] are darker than the truth in the mean over the hidden pixels: [n], 0 to M.
+
+    In this mean the pixel noise that the draws lack hardly counts, as one pixel's rank it would decide.
+    """
+    hidden = _hidden(images, draws, mask)
+    truth, drawn = ((x * hidden).flatten(-3).sum(-1) for x in (images, draws))
+    return (drawn < truth).sum(0)
+
+
+def mean_fill(images: Tensor, mask: Tensor, training: Tensor) -> Tensor:
+    """images [n, C, H, W] with hidden pixels from the mean of the training images [N, C, H, W], all floats in [-1, 1]."""
+    return torch.where(mask > 0, images, training.mean(0))
+
+
+def nearest_fill(images: Tensor, mask: Tensor, training: Tensor) -> Tensor:
+    """images [n, C, H, W] with hidden pixels from the training image [N, C, H, W] that is nearest where they are observed."""
+    observed = (mask > 0).expand_as(images).flatten(1).to(images.dtype)
+    known, candidates = torch.where(mask > 0, images, 0).flatten(1), training.flatten(1)
+    # |m (x - t)|^2 without |m x|^2, which is the same for all t
+    distance = observed @ candidates.square().T - 2 * known @ candidates.T
+    return torch.where(mask > 0, images, training[distance.argmin(1)])
+
+
+def linear_fill(images: Tensor, mask: Tensor, training: Tensor, latent_dim: int, sigma: float) -> Tensor:
+    """images [n, C, H, W] with hidden pixels from the exact posterior mean of the best linear model.
+
+    It is g(e) = W e + b with as many latents and the pixel noise sigma, of maximum likelihood for the training images
+    [N, C, H, W]: W = U (L - sigma^2)^(1/2), L and U the largest eigenvalues and the eigenvectors of their covariance (Tipping
+    and Bishop 1999, Eq. 7, with sigma given).
+    """
+    check_whole("latent_dim", latent_dim)
+    rows = training.flatten(1).double()
+    if latent_dim >= rows.shape[1]:
+        raise ValueError(f"latent_dim={latent_dim} must be below the number of pixel values, {rows.shape[1]}")
+    variances, directions = torch.linalg.eigh(rows.T.cov(correction=0))
+    scales = (variances[-latent_dim:] - sigma**2).clamp_min(0).sqrt()
+    generator = LinearGenerator(directions[:, -latent_dim:] * scales, rows.mean(0))
+    # that generator's images are [D, 1, 1]
+    x, observed = (t.expand_as(images).reshape(len(images), -1, 1, 1) for t in (images.double(), mask))
+    mean, _ = ClosedForm(Posterior(generator, x, sigma, observed)).posterior_moments()
+    with torch.no_grad():
+        return torch.where(mask > 0, images, generator(mean).view_as(images).to(images.dtype))
+
+
+def _hidden(images: Tensor, inpainted: Tensor, mask: Tensor) -> Tensor:
+    """1 where a pixel value is hidden [n, C, H, W]; a ValueError unless all fits and every image hides something."""
+    check_tensor("images", images)
+    check_tensor("inpainted", inpainted)
+    check_tensor("mask", mask)
+    if images.ndim != 4 or inpainted.shape[-4:] != images.shape or inpainted.ndim > 5:
+        raise ValueError(
+            f"images have shape {tuple(images.shape)} and inpainted {tuple(inpainted.shape)}; give [n, C, H, W] and the same, or "
+            "several such"
+        )
+    if not ((mask == 0) | (mask == 1)).all():
+        raise ValueError("mask must hold 0 (hidden) and 1 (observed) only")
+    try:
+        hidden = (mask == 0).expand_as(images).to(images.dtype)
+    except RuntimeError:
+        raise ValueError(
+            f"mask has shape {tuple(mask.shape)}, which does not broadcast to images {tuple(images.shape)}"
+        ) from None
+    if not hidden.flatten(1).any(1).all():
+        raise ValueError("mask hides nothing of some image, which then has no error of hidden pixels")
+    return hidden
