@@ -22,7 +22,7 @@ RUN_PROFILE := $(or $(PROFILE),quick)
 BOOK_PROFILE := $(or $(PROFILE),digits)
 WITH_SEEDS := $(if $(SEEDS),--seeds '$(SEEDS)')
 
-.PHONY: help setup run-all book serve test test-gpu bench lint lock clean
+.PHONY: help setup run-all book serve test fault-test test-gpu bench lint lock clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
