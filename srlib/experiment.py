@@ -34,7 +34,7 @@ from .system import System
 from .training import History, TrainingPlan, resume_file, snapshot_file, stream, training_seconds
 
 Search = Literal["none", "grid", "descent"]
-N_AGGREGATE = 5000  # training images that the Gaussian of the inferred latents is fitted to
+N_AGGREGATE = 5000  # training images that the Gaussian of the inferred latents is fitted to, at most
 GENERATORS = {"top_down": TopDownGenerator, "ladder": LadderGenerator}
 
 
@@ -71,7 +71,8 @@ class Config:
     precision, compile : how the short run system and ABP compute their chains, see `inner_loop.accelerated`.
     snapshots : numbers of updates after which the system is saved too (`load_run(..., snapshot=t)`).
     options : what only this system has, by name; the module of the system says which (the short run system has none).
-    n_samples : images that are drawn from each source to be compared with as many training images, or all if there are fewer.
+    n_samples : images that are drawn from each source to be compared with as many training images, or all if there are fewer;
+        also how many training images the Gaussian of the inferred latents is fitted to, up to N_AGGREGATE.
     name : of the run, and of its directory in a matrix of runs.
     """
 
@@ -134,6 +135,10 @@ class Config:
                 self._module().builder(self)(IMAGE_SHAPES[checked_name(self.dataset)])
         except RuntimeError as error:
             raise ValueError(f"torch cannot make tensors of these sizes ({error}); choose smaller ones") from error
+        if self.n_samples <= (d := sum(self.latent_dims)):
+            raise ValueError(
+                f"n_samples={self.n_samples}: as many images cannot fix the covariance of {d} latents; give at least {d + 1}"
+            )
 
     @classmethod
     def from_dict(cls, given: Mapping[str, Any]) -> Config:
@@ -237,7 +242,7 @@ def _train(config: Config, dataset: Dataset, output: Path, progress: bool) -> tu
     system = config.build(dataset.image_shape).to(config.torch_device())
     rng = torch.Generator().manual_seed(stream(config.seed, "training"))
     history = system.fit(dataset.train.images, config.plan(), rng, output, progress)
-    system.fit_aggregate(dataset.train.images[:N_AGGREGATE], rng=rng)
+    system.fit_aggregate(dataset.train.images[: min(config.n_samples, N_AGGREGATE)], rng=rng)
     return system, distributed.from_first(lambda: _kept(config, dataset, output, system, history))
 
 

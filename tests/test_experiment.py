@@ -229,6 +229,7 @@ def test_seeds_decide_the_first_weights():
         ({"n_updates": 0}, "n_updates=0"),
         ({"n_steps": 0}, "n_steps=0"),
         ({"n_samples": 1}, "n_samples=1"),
+        ({"n_samples": 5}, "n_samples=5:.*at least 6"),
         ({"warmup_updates": -1}, "warmup_updates=-1"),
         ({"generator": "leader"}, "generator='leader' is unknown; there are: top_down, ladder"),
         ({"generator": "ladder", "system": "ladder_vae"}, "generator='ladder': the ladder VAE merges"),
