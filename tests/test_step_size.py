@@ -156,7 +156,7 @@ def test_the_extended_space_bounds_hold_where_steps_fold(wave, estimator):
 def test_grid_search_finds_each_estimators_own_optimum(linear_posterior, estimator):
     """Against an independent evaluation of 6 times as many step sizes with the same random numbers."""
     single = linear_posterior(1)
-    posterior, n_steps = copies(single, 20), 6
+    posterior, n_steps = copies(single, 10), 6
     fine = torch.logspace(-2, 0, 121, dtype=torch.float64) * 1.9 / curvatures(single).max().item()
     coarse = fine[::6]
     rng = seeded()
@@ -175,7 +175,7 @@ def test_change_of_variables_has_a_minimum_between_all_poles_where_the_kl_has_on
     g = srlib.LinearGenerator(weight, torch.zeros(3, dtype=torch.float64))
     posterior = srlib.Posterior(g, torch.zeros(1, 3, 1, 1, dtype=torch.float64), 1.0)
     poles = 1 / (1 + weight.diagonal() ** 2)
-    n_steps, s = 20, torch.logspace(-5, math.log10(1.9 / 901), 600, dtype=torch.float64)
+    n_steps, s = 20, torch.logspace(-5, math.log10(1.9 / 901), 300, dtype=torch.float64)
     kl = torch.stack([srlib.ClosedForm(posterior).short_run_kl(v.item(), n_steps)[0] for v in s])
     exact = srlib.StepSizeResult(s[kl.argmin()], s, kl[:, None])
     assert len(exact.local_minima) == 1
@@ -299,18 +299,20 @@ def test_with_moment_matched_numbers_the_objective_of_a_linear_model_is_its_kl_t
     torch.testing.assert_close(found.objective, expected, rtol=1e-9, atol=1e-9 * latents)
 
 
-@pytest.mark.parametrize("start", [0.05, 1.8])
 @pytest.mark.parametrize(
-    "latents, n_steps, masked, n_iterations",
+    "latents, n_steps, masked, n_iterations, start",
     [
-        (1, 1, False, 50),
-        (1, 10, True, 50),
-        (1, 50, False, 60),
-        (2, 5, False, 50),
-        (3, 24, True, 50),
-        (6, 10, False, 50),
-        (12, 6, True, 50),
-        (20, 2, False, 50),
+        (1, 1, False, 50, 0.05),
+        (1, 1, False, 50, 1.8),
+        (1, 10, True, 50, 1.8),
+        (1, 50, False, 60, 0.05),
+        (2, 5, False, 50, 0.05),
+        (2, 5, False, 50, 1.8),
+        (3, 24, True, 50, 1.8),
+        (6, 10, False, 50, 0.05),
+        (12, 6, True, 50, 1.8),
+        (20, 2, False, 50, 0.05),
+        (20, 2, False, 50, 1.8),
     ],
 )
 def test_descent_ends_within_2_percent_of_the_optimum_of_the_exact_kl(latents, n_steps, masked, n_iterations, start):
