@@ -31,7 +31,7 @@ from . import frechet
 
 Kind = Literal["linear", "nonlinear"]
 BATCH = 500  # images that are inferred or decoded at once
-SCALES = (0.5, 1.0, 2.0)  # of the Gaussian kernel exp(-|z - z'|^2 / (2 d scale^2)), z standardised
+SCALES = (0.7, 1.5)  # of the Gaussian kernel exp(-|z - z'|^2 / (2 d scale^2)), z standardised
 LAMBDAS = tuple(10.0**k for k in (-4, -3, -2, -1.5, -1, -0.5, 0, 0.5, 1, 1.5, 2, 3, 4))
 
 
@@ -175,20 +175,20 @@ class Probe:
         best = dict.fromkeys(factors, math.inf)
         self._scale: dict[str, float] = {}
         self._weights: dict[str, Tensor] = {}  # (K + lambda I)^-1 (Y - ybar), as far as the kernel sees it [n, t]
+        y = torch.cat([factor.values - factor.values.mean(0) for factor in factors.values()], 1)
+        widths = [factor.values.shape[1] for factor in factors.values()]
         for scale in (math.inf, *(SCALES if kind == "nonlinear" else ())):
             eigenvalues, vectors = self._spectrum(scale)
-            squares = vectors.square()
-            for name, factor in factors.items():
-                y = factor.values - factor.values.mean(0)
-                coefficients = vectors.T @ y
-                for ridge in LAMBDAS:
-                    shrunk = eigenvalues / (eigenvalues + ridge)
-                    leverage = squares @ shrunk
-                    residual = (y - vectors @ (shrunk[:, None] * coefficients)) / (1 - leverage)[:, None]
-                    error = residual.square().sum().item()
-                    if error < best[name]:
-                        best[name], self._scale[name] = error, scale
-                        self._weights[name] = vectors @ (coefficients / (eigenvalues + ridge)[:, None])
+            squares, coefficients = vectors.square(), vectors.T @ y
+            for ridge in LAMBDAS:
+                shrunk = eigenvalues / (eigenvalues + ridge)
+                without_it = (y - vectors @ (shrunk[:, None] * coefficients)) / (1 - squares @ shrunk)[:, None]
+                errors = [part.sum().item() for part in without_it.square().split(widths, 1)]
+                if any(error < best[name] for name, error in zip(factors, errors)):
+                    weights = vectors @ (coefficients / (eigenvalues + ridge)[:, None])
+                    for name, error, part in zip(factors, errors, weights.split(widths, 1)):
+                        if error < best[name]:
+                            best[name], self._scale[name], self._weights[name] = error, scale, part
 
     def __call__(self, features: Tensor) -> dict[str, Tensor]:
         """Guesses by name for features [m, d]: [m, t], one-hot vectors for classes."""
