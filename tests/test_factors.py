@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import srlib
+from srlib.evaluation import factors as module
 from srlib.evaluation.factors import (
     Factor,
     Probe,
@@ -82,6 +83,25 @@ def test_the_share_of_a_linear_gaussian_factor_is_its_squared_correlation():
     assert found.lost[:, 0].tolist() == pytest.approx([1 / 2.25, 0.25 / 2.25, 0], abs=0.02)
 
 
+def test_no_image_is_guessed_by_a_probe_that_has_seen_it(factors, monkeypatch):
+    guessed = []
+
+    class Watched(Probe):
+        def __init__(self, features, known, kind):
+            super().__init__(features, known, kind)
+            self.seen = set(features[:, 0].tolist())
+            assert len(features) == len(known["size"].values)
+
+        def __call__(self, features):
+            assert not self.seen & set(features[:, 0].tolist())
+            guessed.extend(features[:, 0].tolist())
+            return super().__call__(features)
+
+    monkeypatch.setattr(module, "Probe", Watched)
+    told(torch.arange(N)[:, None].double(), factors, "linear")
+    assert sorted(guessed) == list(range(N))
+
+
 def test_what_two_layers_both_hold_is_lost_with_neither():
     z = normal(N, 2)
     found = layer_shares([z, z.flip(1)], {"y": Factor(z[:, :1])})
@@ -126,8 +146,6 @@ def test_scales_shifts_and_constant_latents_change_nothing(factors):
 
 def test_residuals_without_each_image_are_those_of_fits_without_it():
     """The lambda that is chosen is the best of n fits that each leave one image out."""
-    from srlib.evaluation import factors as module
-
     z = normal(12, 2)
     y = (z[:, :1] + 0.7 * normal(12, 1, seed=1)) * 3
     standardised = (z - z.mean(0)) / z.std(0)

@@ -104,7 +104,7 @@ def told(
     features: Tensor,
     factors: Mapping[str, Factor],
     kind: Kind = "nonlinear",
-    n_folds: int = 5,
+    n_folds: int = 4,
     rng: torch.Generator | None = None,
 ) -> dict[str, float]:
     """What features [n, d] tell of each factor: shares as above, 1 = all, about 0 = nothing.
