@@ -265,9 +265,42 @@ def gradient_to_noise(runs: Seeds, n_images: int) -> Evidence:
     return over(values, "images")
 
 
+def layer_lead(runs: Seeds, factors: Sequence[str], layer: int, n_images: int) -> Evidence:
+    """What layer z_l tells of known factors, in their mean, minus what the best other layer tells (`evaluation.factors.told`); by seed.
+
+    layer : l, from 1, which is the one that is nearest to the image; n_images : test images whose latents are inferred.
+    """
+    leads = []
+    for folder in runs.values():
+        shares = _told_by_layers(folder, n_images)
+        means = [statistics.fmean(of_layer[name] for name in factors) for of_layer in shares]
+        own = means.pop(len(means) - layer)
+        leads.append(own - max(means))
+    return over(leads, "seeds")
+
+
+def layer_contrast(runs: Seeds, *others: Seeds, first: str, second: str, n_images: int) -> Evidence:
+    """How far layers specialise in one factor or another; minus that of other runs where there are any, seed by seed.
+
+    It is the largest c such that one layer's noises tell more of `first` by c than another's, and these more of `second` by c.
+    """
+
+    def contrast(folder: Path) -> float:
+        shares = _told_by_layers(folder, n_images)
+        pairs = itertools.permutations(shares, 2)
+        return max(min(a[first] - b[first], b[second] - a[second]) for a, b in pairs)
+
+    found = [{seed: contrast(folder) for seed, folder in seeds.items()} for seeds in (runs, *others)]
+    both = [seed for seed in found[0] if all(seed in other for other in found)]
+    if not both:
+        return Evidence(math.nan, -math.inf, math.inf, "no common seed")
+    return over([found[0][seed] - sum(other[seed] for other in found[1:]) for seed in both], "seeds")
+
+
 QUANTITIES: dict[str, Callable[..., Evidence]] = {
     f.__name__: f
-    for f in (score_difference, end_of_search, spread_of_ends, late_change, smallest_eigenvalue, start_share, gradient_to_noise)
+    for f in (score_difference, end_of_search, spread_of_ends, late_change, smallest_eigenvalue, start_share, gradient_to_noise,
+              layer_lead, layer_contrast)
 }  # fmt: skip
 
 
@@ -315,6 +348,21 @@ def _short_run(folder: Path, n_images: int) -> tuple[Posterior, Chain]:
     posterior = Posterior(system.generator, x, system.sigma)
     rng = torch.Generator().manual_seed(0)
     return posterior, short_run(posterior, system.n_steps, system.step_size, rng=rng, keep_trajectory=True)
+
+
+@functools.cache
+def _told_by_layers(folder: Path, n_images: int) -> list[dict[str, float]]:
+    """What the noises of each layer (those of a ladder generator are its latents) tell of the factors of test images, top layer first."""
+    import torch
+
+    from .data import load
+    from .evaluation.factors import inferred_layers, known_factors, told
+
+    system, x = _system(folder, n_images)
+    test = load(verified_metrics(folder)["config"]["dataset"]).test
+    factors = known_factors({name: values[:n_images] for name, values in test.factors.items()})
+    layers = inferred_layers(system, x, torch.Generator().manual_seed(0), noises=True)
+    return [told(layer, factors, rng=torch.Generator().manual_seed(0)) for layer in layers]
 
 
 def _start_share(e: Tensor) -> float:

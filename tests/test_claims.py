@@ -156,6 +156,38 @@ def test_lengths_of_the_two_terms(linear_run, monkeypatch):
     assert claims.gradient_to_noise(linear_run, 1).effect == pytest.approx(math.log(expected))
 
 
+def test_the_lead_and_the_contrast_of_layers(monkeypatch):
+    """Layers from the top one down; the claims count them from the image."""
+    told = {
+        "a": [{"hue": 0.1, "digit": 0.5, "size": 0.2}, {"hue": 0.4, "digit": 0.7, "size": 0.6}, {"hue": 0.9, "digit": 0.3, "size": 0.1}],
+        "b": [{"hue": 0.0, "digit": 0.5, "size": 0.2}, {"hue": 0.4, "digit": 0.6, "size": 0.6}, {"hue": 0.8, "digit": 0.4, "size": 0.1}],
+        "c": [{"hue": 0.2, "digit": 0.2, "size": 0.2}, {"hue": 0.3, "digit": 0.4, "size": 0.6}],
+    }  # fmt: skip
+    monkeypatch.setattr(claims, "_told_by_layers", lambda folder, n_images: told[folder.name])
+    runs, other = {0: Path("a"), 1: Path("b")}, {1: Path("c")}
+    assert claims.layer_lead(runs, ["hue"], 1, 9).effect == pytest.approx((0.5 + 0.4) / 2)
+    assert claims.layer_lead(runs, ["hue", "size"], 3, 9).effect == pytest.approx((0.15 - 0.5 + 0.1 - 0.5) / 2)
+    found = claims.layer_contrast(runs, first="hue", second="digit", n_images=9)
+    assert found.effect == pytest.approx((0.4 + 0.2) / 2) and found.of == "2 seeds"
+    # c has its layers in one order for both factors
+    against = claims.layer_contrast(runs, other, first="hue", second="digit", n_images=9)
+    assert against.effect == pytest.approx(0.2 + 0.1) and against.of == "1 seed"
+
+
+def test_layers_are_asked_for_the_factors_of_the_images_they_were_inferred_from(monkeypatch):
+    """Of three layers the first is noise, the second is the hue, and the third has no place for more than the sizes."""
+    known = srlib.load("colour_digits").test.factors
+    hue = 6.2832 * known["hue"]
+    latents = torch.stack([torch.randn(1000), hue.cos(), hue.sin(), known["size"]], 1)
+    generator = SimpleNamespace(split=lambda e: e.split([1, 2, 1], 1))
+    system = SimpleNamespace(generator=generator, infer=lambda x, rng: latents[: len(x)], as_input=lambda x: x)
+    monkeypatch.setattr(claims, "_system", lambda folder, n: (system, torch.zeros(n, 3, 32, 32)))
+    monkeypatch.setattr(claims, "verified_metrics", lambda folder: {"config": {"dataset": "colour_digits"}})
+    top, middle, bottom = claims._told_by_layers(Path("ladder"), 120)
+    assert middle["hue"] > 0.95 > 0.2 > max(top["hue"], bottom["hue"], middle["size"])
+    assert bottom["size"] > 0.95 > 0.2 > top["size"]
+
+
 @pytest.mark.parametrize(
     "given, complaint",
     [({"quantity": "luck"}, "quantity='luck' is unknown"), ({"below": math.inf}, "everything"), ({"above": 1.0}, "nothing is between")],
