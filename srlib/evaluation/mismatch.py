@@ -50,7 +50,7 @@ def noise_log_dets(jacobians: Tensor, step_size: Tensor) -> Tensor:
 
     jacobians : A_k = I + s_k H_k, [K, n, d, d]; step_size : s, [] or [K, 1, 1]. Raises ValueError where latents differ in it.
     """
-    if step_size.ndim and math.prod(step_size.shape[1:]) > 1:
+    if any(size > 1 for size in step_size.shape[-2:]):
         raise ValueError(f"step_size has shape {tuple(step_size.shape)}; give a number, or one per step [K, 1, 1]")
     n_steps, n, d, _ = jacobians.shape
     eye = torch.eye(d, dtype=jacobians.dtype, device=jacobians.device).expand(n, d, d)
