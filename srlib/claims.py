@@ -319,7 +319,7 @@ def gradient_to_noise(runs: Seeds, n_images: int) -> Evidence:
     return over(values, "images")
 
 
-def largest_rise(runs: Seeds, n_images: int) -> Evidence:
+def largest_rise(runs: Seeds, n_images: int, n_chains: int = 16) -> Evidence:
     """Largest change of KL(q_k || p) from one step to the next, in nats: of the step that is the worst on every other image,
     on the images between."""
     import torch
@@ -330,7 +330,7 @@ def largest_rise(runs: Seeds, n_images: int) -> Evidence:
     for folder in runs.values():
         posterior, system = _posterior(folder, n_images)
         rng = torch.Generator().manual_seed(0)
-        changes = objective_by_steps(posterior, system.n_steps, system.step_size, rng).diff(dim=0)
+        changes = objective_by_steps(posterior, system.n_steps, system.step_size, n_chains, rng).diff(dim=0)
         worst = changes[:, ::2].mean(1).argmax()
         values.append(changes[worst, 1::2].tolist())
     return _over_seeds(values)

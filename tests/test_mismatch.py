@@ -19,7 +19,7 @@ def test_the_divergence_over_k_is_that_of_the_closed_form(linear_posterior):
     posterior = linear_posterior(n=2)
     exact = srlib.ClosedForm(posterior)
     s = torch.tensor([0.01, 0.02, 0.01, 0.04]).double()[:, None, None]
-    found = mismatch.objective_by_steps(posterior.repeated(3000), 4, s, rng()).unflatten(1, (2, -1))
+    found = mismatch.objective_by_steps(posterior.repeated(3000), 4, s, rng=rng()).unflatten(1, (2, -1))
     prior = exact.log_marginal() - posterior.repeated(3000).log_joint(
         posterior.generator.sample_prior(6000, rng(1))
     ).unflatten(0, (2, -1)).mean(1) - 1.5 * math.log(2 * math.pi * math.e)  # fmt: skip
@@ -33,7 +33,7 @@ def test_the_divergence_over_k_is_that_of_the_closed_form(linear_posterior):
 def test_every_prefix_of_a_chain_has_its_own_estimate(small_posterior):
     """Row k is what `entropy.linear_noise` says of the first k steps alone."""
     posterior = small_posterior(False)
-    found = mismatch.objective_by_steps(posterior, 3, 2e-3, rng())
+    found = mismatch.objective_by_steps(posterior, 3, 2e-3, rng=rng())
     numbers = srlib.short_run(posterior, 3, 2e-3, rng=rng())
     for k in (1, 3):
         chain = srlib.short_run(posterior, k, 2e-3, numbers.initial, numbers.noise[:k])
@@ -48,6 +48,23 @@ def test_the_divergence_of_a_linear_model(linear_posterior):
     error = mismatch.short_run_divergence(posterior, 3, 0.01, rng=rng()) - exact
     assert exact.mean() > 1
     assert abs(error.mean()) < 4 * error.std() / math.sqrt(200) < 0.5 * exact.mean()
+
+
+def test_the_likelihood_of_a_linear_model_has_no_error(linear_posterior):
+    """The Gaussian at the mode is the posterior, so that all weights are p(x); with a mask too."""
+    posterior = linear_posterior(n=3, mask=True)
+    torch.testing.assert_close(mismatch.log_marginal(posterior, rng()), srlib.ClosedForm(posterior).log_marginal())
+
+
+def test_the_likelihood_of_a_posterior_with_several_modes(wave):
+    """One latent and modes at sin(1.5 e) = x, against quadrature: below, by no more than a far mode that no start found."""
+    x = torch.tensor([0.6, -0.3]).double().reshape(2, 1, 1, 1)
+    posterior = srlib.Posterior(wave, x, 0.1)
+    e = torch.linspace(-9, 9, 20001).double()
+    log_joint = srlib.Posterior(wave, x.repeat_interleave(len(e), 0), 0.1).log_joint(e.repeat(2)[:, None]).detach()
+    exact = log_joint.view(2, -1).logsumexp(1) + (e[1] - e[0]).log()
+    missed = exact - mismatch.log_marginal(posterior, rng())
+    assert missed.min() > -0.05 and missed.max() < 0.3
 
 
 def exact_residual(generator, images, sigma, n_steps, s):
