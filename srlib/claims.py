@@ -12,7 +12,7 @@ import itertools
 import math
 import statistics
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 ONE_SEED = " for one seed"  # errors over images do not tell how far another training would be
 CONFIDENCE = 0.95
 LETTERS = {"layers": "L", "n_steps": "K"}
+HIDDEN = {"scattered": ("pixels", 0.75), "left half": ("left", 0.5)}  # as in the chapter on inpainting
 HOLDS, FAILS, INCONCLUSIVE, NOT_RUN, DIVERGED, MIXED = "holds", "fails", "inconclusive", "not run", "diverged", "mixed"
 
 
@@ -43,10 +44,11 @@ class Evidence(NamedTuple):
 
 @dataclass(frozen=True)
 class Case:
-    """One measurement of a claim: what is filled into the names of its runs."""
+    """One measurement of a claim: the names of its runs, and what its quantity takes beside them."""
 
     runs: tuple[str, ...]
     title: str
+    options: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -56,7 +58,8 @@ class Claim:
     name : its own; statement : the paper's words, or ours for what it implies; place : where the paper says so
     quantity : one of `QUANTITIES`; options : what that takes beside the runs
     above, below : the claim holds where the effect is between them
-    runs : names of runs with {fields}; cases : field -> values, all combinations of which are looked at
+    runs : names of runs with {fields}; cases : field -> values, all combinations of which are looked at; a field that is in no
+        name is an option
     chapter : where the book looks at it more closely
     """
 
@@ -87,8 +90,13 @@ class Claim:
         found = []
         for values in itertools.product(*fields.values()):
             given = dict(zip(fields, values, strict=True))
-            told = [_title(field, value) for field, value in given.items()]
-            found.append(Case(tuple(run.format(**given) for run in self.runs), ", ".join(told)))
+            told = ", ".join(_title(name, value) for name, value in given.items())
+            others = {
+                name: value for name, value in given.items() if not any(f"{{{name}}}" in run for run in self.runs)
+            }
+            found.append(
+                Case(tuple(run.format(**given) for run in self.runs), told, {**(self.options or {}), **others})
+            )
         return found
 
 
@@ -114,13 +122,16 @@ def load_claims(path: Path) -> list[Claim]:
     return claims
 
 
-def judge(claim: Claim, results: Path) -> list[Judged]:
-    """The verdict on each case, from the runs in the folder `results` of a profile."""
+def judge(claim: Claim, results: Path, n_images: float = math.inf) -> list[Judged]:
+    """The verdict on each case, from the runs in the folder `results` of a profile; for a preview, on `n_images` images at most."""
     judged = []
     for case in claim.all_cases():
         runs = [_seeds(results, name) for name in case.runs]
         if all(runs):
-            evidence = QUANTITIES[claim.quantity](*runs, **claim.options or {})
+            options = {**case.options}
+            if options.get("n_images", 0) > n_images:
+                options["n_images"] = n_images
+            evidence = QUANTITIES[claim.quantity](*runs, **options)
             found = verdict(evidence, claim.above, claim.below)
             one_seed = evidence.of.startswith("1 seed") and found in (HOLDS, FAILS)
             judged.append(Judged(case, found + ONE_SEED if one_seed else found, evidence))
@@ -219,13 +230,56 @@ def smallest_eigenvalue(runs: Seeds, n_images: int) -> Evidence:
     """Smallest |eigenvalue| of dz_K/dz_0 (section 4.2), the product of the steps' Jacobians, for each of the first test images."""
     import torch
 
+    values: list[float] = []
+    for folder in runs.values():
+        whole = functools.reduce(lambda before, step: step @ before, _jacobians(folder, n_images)[1])
+        values += torch.linalg.eigvals(whole).abs().amin(-1).tolist()
+    return over(values, "images")
+
+
+def folding_share(runs: Seeds, n_images: int, n_starts: int = 2) -> Evidence:
+    """Share of the test images for which det dF/de_0 has both signs over random starts, at the same noise.
+
+    A continuous one-to-one map has one sign, so that for these images some distinct starts have the same end. The interval of
+    a share is that of Clopper and Pearson.
+    """
+    import torch
+    from scipy.stats import beta
+
     from .entropy import step_jacobians
+    from .langevin import short_run
+
+    folds: list[bool] = []
+    for folder in runs.values():
+        posterior, system = _posterior(folder, n_images)
+        rng = torch.Generator().manual_seed(0)
+        starts = system.generator.sample_prior(n_images * n_starts, rng)
+        noise = torch.randn(system.n_steps, n_images, starts.shape[1], generator=rng, dtype=starts.dtype)
+        copies, noise = posterior.repeated(n_starts), noise.repeat_interleave(n_starts, 1)
+        chain = short_run(copies, system.n_steps, system.step_size, starts, noise, keep_trajectory=True)
+        signs = torch.linalg.slogdet(step_jacobians(copies, chain))[0].prod(0).unflatten(0, (n_images, n_starts))
+        folds += (signs.amin(1) < signs.amax(1)).tolist()
+    n, found = len(folds), sum(folds)
+    lower, upper = (
+        beta.ppf(0.5 - CONFIDENCE / 2, found, n - found + 1),
+        beta.ppf(0.5 + CONFIDENCE / 2, found + 1, n - found),
+    )
+    return Evidence(found / n, float(lower) if found else 0.0, float(upper) if found < n else 1.0, f"{n} images")
+
+
+def excess_of_eq_17(runs: Seeds, n_images: int) -> Evidence:
+    """E log q_s by Eq. (17) with one draw, minus that which counts the noise's entropy (`linear_noise`), in nats per latent."""
+    import torch
+
+    from .evaluation.mismatch import noise_log_dets
 
     values: list[float] = []
     for folder in runs.values():
-        posterior, chain = _short_run(folder, n_images)
-        whole = functools.reduce(lambda before, step: step @ before, step_jacobians(posterior, chain))
-        values += torch.linalg.eigvals(whole).abs().amin(-1).tolist()
+        chain, jacobians = _jacobians(folder, n_images)
+        # log p(e_0) and the constant of log det S_K have the same mean, that of a Gaussian's entropy
+        by_eq_17 = -torch.linalg.slogdet(jacobians)[1].sum(0)
+        with_noise = -0.5 * noise_log_dets(jacobians, chain.step_size)[-1]
+        values += ((by_eq_17 - with_noise) / jacobians.shape[-1]).tolist()
     return over(values, "images")
 
 
@@ -265,28 +319,28 @@ def gradient_to_noise(runs: Seeds, n_images: int) -> Evidence:
     return over(values, "images")
 
 
-def layer_lead(runs: Seeds, factors: Sequence[str], layer: int, n_images: int) -> Evidence:
+def layer_lead(runs: Seeds, factors: Sequence[str], layer: int, n_probed: int) -> Evidence:
     """What layer z_l tells of known factors, in their mean, minus what the best other layer tells (`evaluation.factors.told`); by seed.
 
-    layer : l, from 1, which is the one that is nearest to the image; n_images : test images whose latents are inferred.
+    layer : l, from 1, which is the one that is nearest to the image; n_probed : test images whose latents are inferred.
     """
     leads = []
     for folder in runs.values():
-        shares = _told_by_layers(folder, n_images)
+        shares = _told_by_layers(folder, n_probed)
         means = [statistics.fmean(of_layer[name] for name in factors) for of_layer in shares]
         own = means.pop(len(means) - layer)
         leads.append(own - max(means))
     return over(leads, "seeds")
 
 
-def layer_contrast(runs: Seeds, *others: Seeds, first: str, second: str, n_images: int) -> Evidence:
+def layer_contrast(runs: Seeds, *others: Seeds, first: str, second: str, n_probed: int) -> Evidence:
     """How far layers specialise in one factor or another; minus that of other runs where there are any, seed by seed.
 
     It is the largest c such that one layer's noises tell more of `first` by c than another's, and these more of `second` by c.
     """
 
     def contrast(folder: Path) -> float:
-        shares = _told_by_layers(folder, n_images)
+        shares = _told_by_layers(folder, n_probed)
         pairs = itertools.permutations(shares, 2)
         return max(min(a[first] - b[first], b[second] - a[second]) for a, b in pairs)
 
@@ -297,10 +351,98 @@ def layer_contrast(runs: Seeds, *others: Seeds, first: str, second: str, n_image
     return over([found[0][seed] - sum(other[seed] for other in found[1:]) for seed in both], "seeds")
 
 
+def largest_rise(runs: Seeds, n_images: int, n_chains: int = 16) -> Evidence:
+    """Largest change of KL(q_k || p) from one step to the next, in nats: of the step that is the worst on every other image,
+    on the images between."""
+    import torch
+
+    from .evaluation.mismatch import objective_by_steps
+
+    values = []
+    for folder in runs.values():
+        posterior, system = _posterior(folder, n_images)
+        rng = torch.Generator().manual_seed(0)
+        changes = objective_by_steps(posterior, system.n_steps, system.step_size, n_chains, rng).diff(dim=0)
+        worst = changes[:, ::2].mean(1).argmax()
+        values.append(changes[worst, 1::2].tolist())
+    return _over_seeds(values)
+
+
+def first_divergence(runs: Seeds, n_images: int) -> Evidence:
+    """KL(q_s || p) at the first snapshot of the training, with the sigma and s in force there, in nats per latent."""
+    return _over_seeds([_divergences(folder, n_images, _snapshots(folder)[0]) for folder in runs.values()])
+
+
+def change_of_divergence(runs: Seeds, n_images: int, sigma: str) -> Evidence:
+    """KL(q_s || p) at the last snapshot minus that at the first, in nats per latent, by test image.
+
+    sigma : "in force" at each, or "final", which takes the last one (and the s that belongs to it) for both.
+    """
+    values = []
+    for folder in runs.values():
+        first, last = (_divergences(folder, n_images, _snapshots(folder)[i], sigma == "final") for i in (0, -1))
+        values.append([after - before for before, after in zip(first, last)])
+    return _over_seeds(values)
+
+
+def divergence_difference(ours: Seeds, theirs: Seeds, n_images: int) -> Evidence:
+    """KL(q_s || p) of our generator minus that of theirs, with our K, s and sigma for both, in nats per latent, by test image."""
+    values = []
+    for seed in sorted(ours.keys() & theirs.keys()):
+        pair = (_divergences(folder, n_images, steps_of=ours[seed]) for folder in (ours[seed], theirs[seed]))
+        values.append([our - their for our, their in zip(*pair)])
+    return _over_seeds(values)
+
+
+def residual_left(runs: Seeds, n_images: int, n_batches: int = 20) -> Evidence:
+    """Squared norm of the left-hand side of Eq. (26) at the last snapshot over that at the first, on training images.
+
+    Both times sigma^2, which is annealed, and without the noise of images and chains.
+    """
+    import torch
+
+    from .evaluation.mismatch import mean_gradients, squared_norm_of_mean
+
+    ratios = []
+    for folder in runs.values():
+        norms = []
+        for update in (_snapshots(folder)[0], _snapshots(folder)[-1]):
+            system, x = _system(folder, n_images, update, "train")
+            sigma, s = _in_force(folder, system, update)
+            rng = torch.Generator().manual_seed(0)
+            gradients = mean_gradients(system.generator, x, sigma, system.n_steps, s, min(n_batches, n_images), rng)
+            norms.append(squared_norm_of_mean(gradients).item())
+        ratios.append(norms[1] / norms[0])
+    return over(ratios, "seeds")
+
+
+def inpainting_difference(ours: Seeds, theirs: Seeds, n_images: int, hidden: str) -> Evidence:
+    """Our mean squared error per hidden pixel of one inpainting minus theirs, by test image. hidden : one of HIDDEN."""
+    import torch
+
+    from .evaluation import inpainting
+
+    values = []
+    for seed in sorted(ours.keys() & theirs.keys()):
+        errors = []
+        for folder in (ours[seed], theirs[seed]):
+            system, x = _system(folder, n_images)
+            kind, rate = HIDDEN[hidden]
+            rng = torch.Generator().manual_seed(0)
+            mask = inpainting.observed_mask(kind, n_images, tuple(x.shape[1:]), rate, rng)
+            draw = inpainting.inpaintings(system, x, mask, 1, rng)[0]
+            errors.append(inpainting.hidden_squared_error(x, draw, mask))
+        values.append((errors[0] - errors[1]).tolist())
+    return _over_seeds(values)
+
+
 QUANTITIES: dict[str, Callable[..., Evidence]] = {
     f.__name__: f
-    for f in (score_difference, end_of_search, spread_of_ends, late_change, smallest_eigenvalue, start_share, gradient_to_noise,
-              layer_lead, layer_contrast)
+    for f in (
+        score_difference, end_of_search, spread_of_ends, late_change, smallest_eigenvalue, folding_share, excess_of_eq_17, start_share,
+        gradient_to_noise, largest_rise, first_divergence, change_of_divergence, divergence_difference, residual_left, inpainting_difference,
+        layer_lead, layer_contrast,
+    )
 }  # fmt: skip
 
 
@@ -310,6 +452,15 @@ def over(values: Sequence[float], of: str) -> Evidence:
     if n == 1 or len(set(values)) == 1:  # the same point of a grid for all seeds says nothing about the next one
         return Evidence(values[0], -math.inf, math.inf, f"{n} {of if n > 1 else of.removesuffix('s')}")
     return _interval(statistics.fmean(values), statistics.stdev(values) / math.sqrt(n), n - 1, f"{n} {of}")
+
+
+def _over_seeds(values: Sequence[Sequence[float]]) -> Evidence:
+    """The mean over seeds of their means over images; of one seed, whose interval is over images."""
+    if not values:
+        return Evidence(math.nan, -math.inf, math.inf, "no common seed")
+    if len(values) > 1:
+        return over([statistics.fmean(of_seed) for of_seed in values], "seeds")
+    return over(values[0], "images")._replace(of="1 seed, over images")
 
 
 def _interval(effect: float, standard_error: float, freedom: float, of: str) -> Evidence:
@@ -328,13 +479,31 @@ def _seeds(results: Path, name: str) -> dict[int, Path]:
     return dict(sorted(found.items()))
 
 
-def _system(folder: Path, n_images: int) -> tuple[System, Tensor]:
-    """The trained system of a run, and the first test images of its data."""
+def _system(folder: Path, n_images: int, snapshot: int | None = None, split: str = "test") -> tuple[System, Tensor]:
+    """The system of a run, trained or as it was at a snapshot, and the first images of a split of its data."""
     from .data import load, to_unit_range
     from .experiment import load_run
 
-    system, metrics, _ = load_run(folder)
-    return system, to_unit_range(load(metrics["config"]["dataset"]).test.images[:n_images])
+    system, metrics, _ = load_run(folder, snapshot=snapshot)
+    return system, to_unit_range(getattr(load(metrics["config"]["dataset"]), split).images[:n_images])
+
+
+def _snapshots(folder: Path) -> list[int]:
+    return sorted(verified_metrics(folder)["config"]["snapshots"])
+
+
+def _in_force(folder: Path, system: System, update: int) -> tuple[float, Tensor]:
+    """sigma and s after so many updates of a training with one s."""
+    sigma = system.sigma_at(update / verified_metrics(folder)["config"]["n_updates"])
+    return sigma, system.step_size * (sigma / system.sigma) ** 2
+
+
+def _posterior(folder: Path, n_images: int) -> tuple[Posterior, System]:
+    """The posterior of the first test images, and the trained system."""
+    from .posterior import Posterior
+
+    system, x = _system(folder, n_images)
+    return Posterior(system.generator, x, system.sigma), system
 
 
 def _short_run(folder: Path, n_images: int) -> tuple[Posterior, Chain]:
@@ -342,10 +511,8 @@ def _short_run(folder: Path, n_images: int) -> tuple[Posterior, Chain]:
     import torch
 
     from .langevin import short_run
-    from .posterior import Posterior
 
-    system, x = _system(folder, n_images)
-    posterior = Posterior(system.generator, x, system.sigma)
+    posterior, system = _posterior(folder, n_images)
     rng = torch.Generator().manual_seed(0)
     return posterior, short_run(posterior, system.n_steps, system.step_size, rng=rng, keep_trajectory=True)
 
@@ -363,6 +530,37 @@ def _told_by_layers(folder: Path, n_images: int) -> list[dict[str, float]]:
     factors = known_factors({name: values[:n_images] for name, values in test.factors.items()})
     layers = inferred_layers(system, x, torch.Generator().manual_seed(0), noises=True)
     return [told(layer, factors, rng=torch.Generator().manual_seed(0)) for layer in layers]
+
+
+@functools.lru_cache(maxsize=4)
+def _jacobians(folder: Path, n_images: int) -> tuple[Chain, Tensor]:
+    """A short run for each of the first test images, and the Jacobians [K, n, d, d] of its steps."""
+    from .entropy import step_jacobians
+
+    posterior, chain = _short_run(folder, n_images)
+    return chain, step_jacobians(posterior, chain)
+
+
+@functools.lru_cache(maxsize=64)
+def _divergences(
+    folder: Path, n_images: int, update: int | None = None, final: bool = False, steps_of: Path | None = None
+) -> list[float]:
+    """KL(q_s || p) per latent for the first test images: of the generator of a run, after so many updates.
+
+    final : with the final sigma and s, and not those in force; steps_of : with K, sigma and s of that run.
+    """
+    import torch
+
+    from .evaluation.mismatch import short_run_divergence
+    from .posterior import Posterior
+
+    system, x = _system(folder, n_images, update)
+    dynamics = system if steps_of in (None, folder) else _system(steps_of, 1)[0]
+    in_force = update is not None and not final
+    sigma, s = _in_force(folder, system, update) if in_force else (dynamics.sigma, dynamics.step_size)
+    rng = torch.Generator().manual_seed(0)
+    found = short_run_divergence(Posterior(system.generator, x, sigma), dynamics.n_steps, s, rng=rng)
+    return (found / system.generator.latent_dim).tolist()
 
 
 def _start_share(e: Tensor) -> float:

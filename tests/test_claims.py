@@ -167,10 +167,10 @@ def test_the_lead_and_the_contrast_of_layers(monkeypatch):
     runs, other = {0: Path("a"), 1: Path("b")}, {1: Path("c")}
     assert claims.layer_lead(runs, ["hue"], 1, 9).effect == pytest.approx((0.5 + 0.4) / 2)
     assert claims.layer_lead(runs, ["hue", "size"], 3, 9).effect == pytest.approx((0.15 - 0.5 + 0.1 - 0.5) / 2)
-    found = claims.layer_contrast(runs, first="hue", second="digit", n_images=9)
+    found = claims.layer_contrast(runs, first="hue", second="digit", n_probed=9)
     assert found.effect == pytest.approx((0.4 + 0.2) / 2) and found.of == "2 seeds"
     # c has its layers in one order for both factors
-    against = claims.layer_contrast(runs, other, first="hue", second="digit", n_images=9)
+    against = claims.layer_contrast(runs, other, first="hue", second="digit", n_probed=9)
     assert against.effect == pytest.approx(0.2 + 0.1) and against.of == "1 seed"
 
 
@@ -186,6 +186,74 @@ def test_layers_are_asked_for_the_factors_of_the_images_they_were_inferred_from(
     top, middle, bottom = claims._told_by_layers(Path("ladder"), 120)
     assert middle["hue"] > 0.95 > 0.2 > max(top["hue"], bottom["hue"], middle["size"])
     assert bottom["size"] > 0.95 > 0.2 > top["size"]
+
+
+def test_what_eq_17_leaves_out_of_a_linear_model(linear_run):
+    """With the noise's entropy q_s has variance v = A^2K + 2 s sum A^2j in each direction, without it A^2K."""
+    excess = 0.0
+    for c in (2, 5):
+        r = 1 - 0.15 * c
+        excess += 0.5 * math.log((r**8 + 0.3 * sum(r ** (2 * k) for k in range(4))) / r**8) / 2
+    claims._jacobians.cache_clear()
+    assert claims.excess_of_eq_17(linear_run, 2).effect == pytest.approx(excess)
+
+
+@pytest.mark.parametrize("s, expected", [(0.01, 0.0), (0.3, 1.0)])
+def test_folds_are_found_where_steps_are_long(monkeypatch, wave, s, expected):
+    """Curvatures of the wave reach 10 at sigma = 0.5, so that 1 + s H is positive everywhere for 0.01 and has both signs for 0.3."""
+    system = SimpleNamespace(generator=wave, sigma=0.5, n_steps=2, step_size=s)
+    images = torch.full((3, 1, 1, 1), 0.6).double()
+    monkeypatch.setattr(claims, "_system", lambda folder, n: (system, images[:n]))
+    found = claims.folding_share({0: Path()}, 3, n_starts=20)
+    assert found.effect == expected and found.of == "3 images"
+    end = 1 - 0.025 ** (1 / 3)  # of Clopper and Pearson, for none of three
+    assert (found.lower, found.upper) == pytest.approx((0, end) if expected == 0 else (1 - end, 1))
+
+
+def test_the_largest_rise_is_that_of_the_closed_form(linear_run, monkeypatch):
+    """The second image judges the step that is the worst on the first."""
+    posterior, system = claims._posterior(Path(), 2)
+    exact = srlib.ClosedForm(posterior)
+    kl = torch.stack([exact.short_run_kl(system.step_size, k) for k in range(1, 5)])
+    found = claims.largest_rise(linear_run, 2, n_chains=20000)
+    worst = kl.diff(dim=0)[:, 0].argmax()
+    assert (
+        found.effect == pytest.approx(kl.diff(dim=0)[worst, 1].item(), abs=0.02) and found.of == "1 seed, over images"
+    )
+
+
+def test_divergences_are_paired_by_image_and_seed(monkeypatch):
+    """Images and seeds differ by far more than the two updates, or the two systems, do."""
+    level = {"a": 5.0, "b": 50.0, "c": 4.0, "d": 49.5}
+
+    def divergences(folder, n_images, update=None, final=False, steps_of=None):
+        return [level[folder.name] + 10 * i + (0.1 * i + 2 if update == 7 else 0) for i in range(n_images)]
+
+    monkeypatch.setattr(claims, "_divergences", divergences)
+    monkeypatch.setattr(claims, "_snapshots", lambda folder: [3, 7])
+    ours, theirs = {0: Path("a"), 1: Path("b")}, {0: Path("c"), 1: Path("d"), 2: Path("e")}
+    found = claims.change_of_divergence({0: Path("a")}, 3, "final")
+    assert found.effect == pytest.approx(2.1) and found.of == "1 seed, over images"
+    assert claims.divergence_difference(ours, theirs, 3).effect == pytest.approx(0.75)
+    assert claims.first_divergence(ours, 3).effect == pytest.approx(37.5)
+    assert claims.divergence_difference({5: Path("a")}, theirs, 3).of == "no common seed"
+
+
+def test_fields_that_no_name_has_are_options_and_a_preview_takes_few_images(tmp_path, monkeypatch):
+    seen = []
+
+    def quantity(runs, **options):
+        seen.append(options)
+        return Evidence(0.0, -1.0, 1.0, "2 images")
+
+    monkeypatch.setitem(claims.QUANTITIES, "seen", quantity)
+    write_run(tmp_path, "a-L3")
+    options = {"n_images": 40}
+    made = claim(["a-L{layers}"], cases={"layers": [3], "sigma": [1, 2]}, quantity="seen", options=options)
+    claims.judge(made, tmp_path)
+    judged = claims.judge(made, tmp_path, 2)
+    assert seen == [{"n_images": n, "sigma": sigma} for n in (40, 2) for sigma in (1, 2)]
+    assert judged[1].case.title == "L = 3, sigma = 2" and options == {"n_images": 40}
 
 
 @pytest.mark.parametrize(
