@@ -50,9 +50,9 @@ class Variant:
     def __post_init__(self) -> None:
         for name in ("step_size", "ratio", "heat"):
             check_positive(name, getattr(self, name))
-        if isinstance(self.momentum, bool) or not 0 <= self.momentum < 1:
+        if not _is_number(self.momentum) or not 0 <= self.momentum < 1:
             raise ValueError(f"momentum={self.momentum!r} must lie in [0, 1); 0 is Langevin dynamics")
-        if isinstance(self.power, bool) or not math.isfinite(self.power):
+        if not _is_number(self.power) or not math.isfinite(self.power):
             raise ValueError(f"power={self.power!r} must be a finite number; 0 gives all latents one step size")
 
     def step_sizes(self, n_steps: int, precision: Tensor | None = None) -> Tensor:
@@ -63,6 +63,9 @@ class Variant:
             return s
         if precision is None:
             raise ValueError(f"power={self.power} needs the precision of the latents; see mean_precision")
+        check_tensor("precision", precision)
+        if precision.ndim != 1 or not (precision > 0).all():
+            raise ValueError("precision must hold one positive number for each latent, [d]; see mean_precision")
         return s * precision.double() ** -self.power
 
     def sigmas(self, n_steps: int) -> Tensor:
@@ -86,12 +89,17 @@ def run_variant(
         `short_run` with the same numbers.
     """
     check_whole("n_steps", n_steps)
+    if not isinstance(variant, Variant):
+        raise ValueError(f"variant={variant!r} must be a Variant")
     rng = given_or_fresh(rng)
     e = posterior.generator.sample_prior(len(posterior), rng) if initial is None else posterior.validated(initial)
     noise = torch.stack([randn_like(e, rng) for _ in range(n_steps)]) if noise is None else noise
+    check_tensor("initial", e)
     check_tensor("noise", noise)
-    if noise.shape != (n_steps, *e.shape):
-        raise ValueError(f"noise has shape {tuple(noise.shape)}, this chain needs [K, n, d] = {(n_steps, *e.shape)}")
+    shape = (n_steps, *e.shape)
+    if noise.shape != shape or noise.dtype != e.dtype:
+        raise ValueError(f"noise is {noise.dtype} {tuple(noise.shape)}, this chain needs {e.dtype} {shape}")
+    e, noise = e.detach(), noise.detach()
     roots, warmth = _roots(variant, n_steps, precision, e)
     score, states, v = posterior.score(e), [e], torch.zeros_like(e)
     for k, (root, c) in enumerate(zip(roots, warmth)):
@@ -205,8 +213,15 @@ def choose_variant(
 
 def _roots(variant: Variant, n_steps: int, precision: Tensor | None, e: Tensor) -> tuple[Tensor, list[float]]:
     """r_k = sqrt(2 s_k) like e, and (sigma / sigma_k)^2."""
-    roots = (2 * variant.step_sizes(n_steps, precision)).sqrt().to(e)
+    s = variant.step_sizes(n_steps, precision)
+    if s.shape[-1] not in (1, e.shape[1]):
+        raise ValueError(f"precision holds {s.shape[-1]} numbers, there are {e.shape[1]} latents")
+    roots = (2 * s).sqrt().to(e)
     return roots, variant.sigmas(n_steps).pow(-2).tolist()
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
 def _tempered(score: Tensor, e: Tensor, c: float) -> Tensor:

@@ -25,6 +25,7 @@ from srlib import entropy, plots, step_size
 from srlib.brute_force import regular_axes, short_run_density
 from srlib.evaluation import frechet, likelihood, reconstruction
 from srlib.samplers import hmc, mala
+from srlib.variants import Variant, run_variant, variant_objective
 
 FLOATS = (torch.float32, torch.float64)
 
@@ -527,6 +528,41 @@ def step_size_search(c, rng, **given):
 def moment_matched(c, **given):
     initial, noise = step_size.moment_matched(**given)
     check(noise, (given["n_steps"], *initial.shape))
+
+
+@public(
+    models=["point"],
+    step_size=positive(1e-5, 1e-2),
+    ratio=positive(0.2, 5.0),
+    momentum=Kind(st.floats(0, 0.99), st.sampled_from([-0.1, 1.0, math.nan, math.inf, True, "0.5", None])),
+    heat=positive(0.5, 3.0),
+    power=Kind(st.floats(-1, 1), st.sampled_from([math.nan, math.inf, True, "1", None])),
+)
+def variant(c, **given):
+    check(Variant(**given).step_sizes(3, torch.ones(2)).expand(3, 1, 2), (3, 1, 2))
+
+
+OF_VARIANT = dict(
+    n_steps=length,
+    precision=lambda c: Kind(
+        st.sampled_from([torch.ones(c.d), torch.full((c.d,), 3.0).double()]),
+        st.sampled_from([None, [1.0], torch.zeros(c.d), torch.ones(c.d + 1), torch.ones(1, c.d), "all"]),
+    ),
+    initial=START,
+    noise=NOISE,
+    rng=NUMBER_GENERATOR,
+)
+
+
+@public(**OF_VARIANT)
+def variant_run(c, **given):
+    states = run_variant(c.posterior, Variant(1e-3, 2.0, 0.5, 1.5, 0.5), **given)
+    check(states, (c.n_steps + 1, c.n, c.d), c.dtype)
+
+
+@public(**OF_VARIANT)
+def variant_divergence(c, **given):
+    check(variant_objective(c.posterior, Variant(1e-3, 2.0, 0.5, 1.5, 0.5), **given), (c.n,))
 
 
 @public(models=["point", "plane"], step_size=of_steps, n_steps=length)
