@@ -19,6 +19,7 @@ from . import checkpoints
 from .experiment import verified_metrics
 
 if TYPE_CHECKING:
+    from IPython.display import Markdown
     from matplotlib.figure import Figure
     from torch import Tensor
 
@@ -247,6 +248,13 @@ def listed(names: Iterable[str]) -> str:
     """a, b and c."""
     *first, last = names
     return f"{', '.join(first)} and {last}" if first else last
+
+
+def prose(text: str) -> Markdown | None:
+    """Sentences of the book; None where there is nothing to say, since a page shows empty Markdown as the name of an object."""
+    from IPython.display import Markdown
+
+    return Markdown(text) if text.strip() else None
 
 
 def pictures(rows: Mapping[str, Tensor]) -> Figure:

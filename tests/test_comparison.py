@@ -149,3 +149,8 @@ def test_the_transcribed_tables_agree_where_the_paper_prints_a_number_twice():
         assert paper[2, "short_run", 1, dataset, "fid"] == paper[1, "short_run", 1, dataset, "fid"]
     by_steps = {row.get("steps"): row for row in checkpoints.read_yaml(ROOT / "book/paper_tables.yaml")}
     assert by_steps[25]["celeba32"] == {name: paper[1, "short_run", 5, "celeba32", name] for name in ("mse", "fid")}
+
+
+def test_nothing_to_say_leaves_no_trace_on_the_page():
+    assert comparison.prose("") is None and comparison.prose(" ") is None
+    assert comparison.prose("It holds.").data == "It holds."
