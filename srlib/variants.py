@@ -66,7 +66,7 @@ class Variant:
         check_tensor("precision", precision)
         if precision.ndim != 1 or not (precision > 0).all():
             raise ValueError("precision must hold one positive number for each latent, [d]; see mean_precision")
-        return s * precision.double() ** -self.power
+        return s.to(precision.device) * precision.double() ** -self.power
 
     def sigmas(self, n_steps: int) -> Tensor:
         """sigma_k / sigma: [K], float64; a single step has sigma itself."""
@@ -127,15 +127,15 @@ def variant_objective(
     "linear_noise", which it is where momentum is 0 and heat 1. Arguments as in `run_variant`; inf where a chain diverged."""
     states = run_variant(posterior, variant, n_steps, precision, initial, noise, rng)
     if not states.isfinite().all():
-        return torch.full((len(posterior),), math.inf, dtype=torch.float64)
+        return torch.full((len(posterior),), math.inf, dtype=torch.float64, device=states.device)
     n, d = states.shape[1:]
     roots, warmth = _roots(variant, n_steps, precision, states[0].double())
     h = hessians(posterior, states[:-1])
-    eye, a = torch.eye(d, dtype=h.dtype), variant.momentum
+    eye = torch.eye(d, dtype=h.dtype, device=h.device)
     # (e, v) = (position, velocity) times all random numbers; QR keeps both factors square without ever squaring them
-    position, velocity = eye.expand(n, d, d), torch.zeros(n, d, d, dtype=h.dtype)
+    position, velocity = eye.expand(n, d, d), torch.zeros_like(h[0])
     for k, (root, c) in enumerate(zip(roots, warmth)):
-        kept = a if k else 0.0
+        kept = variant.momentum if k else 0.0
         fresh = math.sqrt(1 - kept**2) * eye.expand(n, d, d)
         position = torch.cat([position, torch.zeros_like(fresh)], -1)
         velocity = torch.cat([kept * velocity, fresh], -1)
@@ -230,5 +230,5 @@ def _tempered(score: Tensor, e: Tensor, c: float) -> Tensor:
 
 
 def _tempered_hessian(h: Tensor, c: float) -> Tensor:
-    eye = torch.eye(h.shape[-1], dtype=h.dtype)
+    eye = torch.eye(h.shape[-1], dtype=h.dtype, device=h.device)
     return c * (h + eye) - eye
