@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
 import re
 from collections.abc import Callable
@@ -26,7 +27,7 @@ PROBE_IMAGES = 2
 TARGETS = {"float32": 1.4, "bfloat16": 2.5, "fraction_of_peak": 0.6}  # bfloat16: on processors that are made for it
 # The library's forms: what `ours` is given. "float32" is the default.
 FORMS: dict[str, dict[str, Any]] = {
-    "without_frequencies": {"worth": 1e9},
+    "without_frequencies": {"worth": math.inf},
     "float32": {},
     "frequencies_everywhere": {"worth": 1e-9},
     "bfloat16": {"precision": "bfloat16"},
@@ -53,7 +54,7 @@ def inner_loops(sizes: Sizes) -> dict[str, Any]:
     return {
         "targets": TARGETS,
         "made_for_bfloat16": measuring.made_for_bfloat16(),
-        "worth": inner_loop.WORTH,
+        "worth": inner_loop.WORTH if math.isfinite(inner_loop.WORTH) else None,
         "batch_size": sizes.batch_size,
         "K": K,
         "settings": settings,

@@ -410,9 +410,9 @@ def _read_idx(path: Path, ndim: int) -> np.ndarray:
                 raise DataError(f"{path} is no idx file of unsigned bytes in {ndim} dimensions; fetch it again")
             shape = struct.unpack(f">{ndim}I", header[4:])
             promised = math.prod(shape)
-            if promised > possible:
+            if not 0 < promised <= possible:
                 raise DataError(
-                    f"{path} is truncated or absurd: its header promises {shape}, {promised} bytes; fetch it again"
+                    f"{path} is empty, truncated or absurd: its header promises {shape}, {promised} bytes; fetch it again"
                 )
             body = file.read(promised + 1)
     except (EOFError, OSError, zlib.error) as error:

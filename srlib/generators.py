@@ -272,7 +272,8 @@ class DeterministicBlock(nn.Module):
 def statistic_head(channels: int, latent_dim: int, feature_size: int) -> nn.Sequential:
     """mu_l or the pre-activation of sigma_l: a 5x5 convolution without padding and a linear layer, to [n, d_l]."""
     conv = nn.Conv2d(channels, latent_dim, 5)
-    return nn.Sequential(conv, nn.GELU(), nn.Flatten(), nn.Linear(latent_dim * (feature_size - 4) ** 2, latent_dim))
+    # flattened before GELU, not after: its backward pass then meets values and gradients in one order in memory
+    return nn.Sequential(conv, nn.Flatten(), nn.GELU(), nn.Linear(latent_dim * (feature_size - 4) ** 2, latent_dim))
 
 
 def output_block(image_shape: tuple[int, ...], channels: int, feature_size: int) -> nn.Sequential:

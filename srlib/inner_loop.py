@@ -6,7 +6,8 @@ What is the same in all K steps is done once, on a copy of the generator without
 
     - a transposed convolution of stride 1 becomes a convolution, and one of stride 2 to few channels a convolution whose
       outputs are dealt out to the pixels (Shi et al. 2016);
-    - a large convolution becomes one small matrix product for each frequency (`FourierConvolution`) where that saves enough;
+    - a large convolution becomes one small matrix product for each frequency (`FourierConvolution`) where that saves enough
+      and the processor is as fast at products as at convolutions;
     - the weights of all others are put into the order that processors like best (channels last).
 
 Each is the same function with the same derivative, to rounding. bfloat16, compiling and, on a GPU, a CUDA graph come on top.
@@ -17,7 +18,9 @@ from __future__ import annotations
 import copy
 import logging
 import math
+import platform
 from functools import lru_cache
+from pathlib import Path
 from typing import Literal, get_args
 
 import torch
@@ -30,9 +33,16 @@ Precision = Literal["full", "bfloat16"]
 
 log = logging.getLogger(__name__)
 
+
+def _slow_products() -> bool:
+    """Whether this is a processor of AMD's, where torch's float32 matrix products run at half the speed of its convolutions."""
+    cpuinfo = Path("/proc/cpuinfo")
+    return "AuthenticAMD" in (cpuinfo.read_text() if cpuinfo.exists() else platform.processor())
+
+
 # Frequencies take the place of a convolution with at least this many times their multiplications (benchmarks/bench.py): with
 # fewer, the memory that they go through costs what they save.
-WORTH = 3.0
+WORTH = math.inf if _slow_products() else 3.0
 # So few outputs of a transposed convolution leave most of a processor's vector registers empty.
 FEW_CHANNELS = 8
 

@@ -303,6 +303,8 @@ DAMAGED_IDX = {
     "another rank": b"\0\0\x08\1" + idx(IMAGES)[4:],
     "no idx": b"<html>not found</html>",
     "absurd": HUGE,
+    "no images": idx(IMAGES[:0]),
+    "no pixels": bytes([0, 0, 8, 3]) + struct.pack(">3I", 2**32 - 1, 2**32 - 1, 0),
     "4 GB promised": bytes([0, 0, 8, 3]) + struct.pack(">3I", 5_000_000, 28, 28) + bytes(100),
     "other size": idx(IMAGES[:, :20]),
     "other number": idx(IMAGES[:20]),

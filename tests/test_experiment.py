@@ -164,6 +164,23 @@ def test_a_run_with_another_file_than_it_wrote_is_refused(finished, tmp_path):
             experiment.load_run(copy)
 
 
+def test_a_run_stands_without_its_weights_until_somebody_needs_them(few_digits, tmp_path):
+    config, directory = Config.from_dict(TINY), tmp_path / "digits" / "tiny-seed0"
+    metrics = experiment.run(config, directory, progress=False)
+    assert experiment.has_weights(directory)
+    (directory / "model.safetensors").unlink()
+    assert not experiment.has_weights(directory)
+    assert experiment.verified_metrics(directory)["scores"] == metrics["scores"]
+    assert experiment.is_current(directory, config) and not experiment.training_stands(directory, config)
+    with pytest.raises(CheckpointError, match="make run-all PROFILE=digits ONLY=tiny-seed0"):
+        experiment.load_run(directory)
+    again = experiment.run(config, directory, progress=False)
+    assert again["files"] == metrics["files"] and experiment.has_weights(directory)
+    (directory / "history.json").unlink()
+    with pytest.raises(CheckpointError, match=r"history\.json is missing"):
+        experiment.verified_metrics(directory)
+
+
 def test_validation_and_test_images_are_different(finished):
     output, metrics = finished
     system, _, _ = experiment.load_run(output)
