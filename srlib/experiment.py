@@ -24,6 +24,7 @@ from typing import Any, Literal, get_args
 
 import torch
 import yaml
+from torch import Tensor
 
 from . import checkpoints, distributed, provenance
 from .data import IMAGE_SHAPES, Dataset, DatasetUnavailable, checked_name, load
@@ -34,6 +35,7 @@ from .system import System
 from .training import History, TrainingPlan, resume_file, snapshot_file, stream, training_seconds
 
 Search = Literal["none", "grid", "descent"]
+WEIGHTS = ".safetensors"  # the files of a run that it may be kept without
 N_AGGREGATE = 5000  # training images that the Gaussian of the inferred latents is fitted to, at most
 GENERATORS = {"top_down": TopDownGenerator, "ladder": LadderGenerator}
 
@@ -264,12 +266,13 @@ def _kept(config: Config, dataset: Dataset, output: Path, system: System, histor
 
 
 def training_stands(directory: Path, config: Config) -> bool:
-    """Whether `directory` holds a whole, unedited training with `config` and today's sources, though its scores may be older."""
-    return _finished(directory, config).get("training_hash") == training_hash(config.system)
+    """Whether `directory` holds an unedited training with `config`, its weights and today's sources; its scores may be older."""
+    stands = _finished(directory, config).get("training_hash") == training_hash(config.system)
+    return stands and has_weights(directory)
 
 
 def is_current(directory: Path, config: Config) -> bool:
-    """Whether `directory` holds a whole, unedited run with `config` and today's sources."""
+    """Whether `directory` holds an unedited run with `config` and today's sources, with or without its weights."""
     return _finished(directory, config).get("source_hash") == provenance.source_hash(modules(config.system))
 
 
@@ -283,16 +286,40 @@ def _finished(directory: Path, config: Config) -> dict[str, Any]:
 
 
 def verified_metrics(directory: Path) -> dict[str, Any]:
-    """The metrics of a finished run. Raises `CheckpointError` if they, or another file of the run, are not what it wrote."""
+    """The metrics of a finished run, which may be kept without its weights.
+
+    Raises:
+        CheckpointError: the metrics, or another file of the run, are not what it wrote; or one that is no weights is missing.
+    """
     metrics = checkpoints.read_json(directory / "metrics.json")
-    files = metrics.get("files", {"model.safetensors": "not recorded"})
+    files = metrics.get("files")
     if not isinstance(files, dict) or not all(re.fullmatch(r"\w[\w.-]*", name) for name in files):
-        raise checkpoints.CheckpointError(f"{directory / 'metrics.json'} names files outside its run; run it again")
+        raise checkpoints.CheckpointError(
+            f"{directory / 'metrics.json'} does not name the files of its run; run it again"
+        )
     for name, written in files.items():
         path = directory / name
+        if path.suffix == WEIGHTS and not path.exists():
+            continue
         if not path.is_file() or provenance.file_hash(path) != written:
             raise checkpoints.CheckpointError(f"{path} is missing or not the one that its run wrote; run it again")
     return metrics
+
+
+def has_weights(directory: Path) -> bool:
+    """Whether a finished run is there with its weights, those of its snapshots too."""
+    return all((directory / name).exists() for name in verified_metrics(directory)["files"])
+
+
+def load_weights(path: Path, device: str = "cpu") -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """`checkpoints.load` of a file of weights in a run directory, which says what to do about a run that is there without it."""
+    if not path.exists() and path.name in verified_metrics(path.parent)["files"]:
+        profile, name = path.absolute().parts[-3:-1]
+        raise checkpoints.CheckpointError(
+            f"{path} is not there: this run was kept without its weights. Train it again, for the book by "
+            f"make run-all PROFILE={profile} ONLY={name}, else by python -m srlib.experiment with its config.yaml"
+        )
+    return checkpoints.load(path, device)
 
 
 def load_run(
@@ -305,13 +332,13 @@ def load_run(
     directory = Path(directory)
     metrics = verified_metrics(directory)
     history = checkpoints.read_json(directory / "history.json")["history"]
-    tensors, saved = checkpoints.load(directory / "model.safetensors", device)
+    tensors, saved = load_weights(directory / "model.safetensors", device)
     if not isinstance(saved.get("config"), dict):
         raise checkpoints.CheckpointError(f"{directory / 'model.safetensors'} holds no trained system")
     config = Config.from_dict(saved["config"])
     system = config.build(tuple(load(config.dataset).image_shape)).to(device)
     if snapshot is not None:
-        tensors, _ = checkpoints.load(snapshot_file(directory, snapshot), device)
+        tensors, _ = load_weights(snapshot_file(directory, snapshot), device)
     try:
         system.load_state_dict(tensors)
     except RuntimeError as error:
