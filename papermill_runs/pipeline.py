@@ -395,13 +395,16 @@ def run(profile: Profile, n_jobs: int, only: list[str]) -> dict[str, str]:
     chosen = [job for name, job in profile.jobs.items() if not only or name in wanted]
     # a run's result decides the keys of the chapters that read it, so runs come first
     absent = [job for job in chosen if diverged(job) or (not_run(job) and still_absent(job))]
-    stale = [job for job in chosen if job not in absent and (not_run(job) or not up_to_date(job, profile))]
-    stale = [job for job in chosen if job in stale or any(profile.jobs[n] in stale for n in job.needs)]
+    old = [job for job in chosen if job not in absent and (not_run(job) or not up_to_date(job, profile))]
+    stale = to_execute([*old, *(job for job in chosen if only and lacks_weights(job))], chosen, profile)
+    chosen = [job for job in profile.jobs.values() if job in chosen or job in stale]
     n_done = len(chosen) - len(stale) - len(absent)
     cost = f", about {_duration(sum(map(_expected, stale)))} on one CPU core" if stale else ""
     print(f"{profile.name}: {n_done} of {len(chosen)} jobs are up to date, {len(stale)} to run{cost}", flush=True)
     for job in absent:
         print(f"{job.name}  {absence(job)}", flush=True)
+    if without := [job.name for job in stale if job not in old and lacks_weights(job)]:
+        print(f"trained again for their weights, which are not here: {', '.join(without)}", flush=True)
     # the longest first, so that all cores have work to the end; or in the order of the matrix
     longest_first = stale if profile.by_priority else sorted(stale, key=lambda job: -_expected(job))
     waiting = sorted(longest_first, key=lambda job: job.config is None)
@@ -475,6 +478,32 @@ def run(profile: Profile, n_jobs: int, only: list[str]) -> dict[str, str]:
         for _, child, _ in running.values():
             child.wait()
     return failed
+
+
+def to_execute(stale: list[Job], chosen: list[Job], profile: Profile) -> list[Job]:
+    """The jobs that are stale, the chosen ones that read them, and the runs whose weights these may load and which have none.
+
+    Such a run is trained again, even if it was not chosen, and what reads it reads other numbers then: so it goes on, until nothing is added.
+    """
+    names = {job.name for job in stale}
+    while True:
+        readers = {job.name for job in chosen if names & set(job.needs)}
+        read = {run for name in names | readers for run in profile.jobs[name].needs}
+        added = readers | {run for run in read - names if lacks_weights(profile.jobs[run])}
+        if added <= names:
+            return [job for job in profile.jobs.values() if job.name in names]
+        names |= added
+
+
+def lacks_weights(job: Job) -> bool:
+    """Whether a run is finished and here without its weights, and its images are here, to train it again."""
+    if job.config is None:
+        return False
+    with contextlib.suppress(checkpoints.CheckpointError, data.DatasetUnavailable, data.DataError):
+        if not experiment.has_weights(job.output.parent):
+            data.load(job.config.dataset)
+            return True
+    return False
 
 
 def _last_words(log: Path, status: int) -> str:

@@ -3,7 +3,7 @@
     python -m srlib.experiment CONFIG.yaml --output DIR
 
 DIR then holds config.yaml, model.safetensors (the trained system), history.json, metrics.json (scores, configuration and
-provenance, sealed with a checksum) and, while training lasts, what is needed to go on after a kill.
+provenance, sealed with a checksum), snapshot-*.safetensors if asked for, and, while training lasts, what is needed to go on after a kill.
 
 Started by torchrun, all its processes train and evaluate this one system together, see `distributed`.
 """

@@ -164,21 +164,24 @@ def test_a_run_with_another_file_than_it_wrote_is_refused(finished, tmp_path):
             experiment.load_run(copy)
 
 
-def test_a_run_stands_without_its_weights_until_somebody_needs_them(few_digits, tmp_path):
-    config, directory = Config.from_dict(TINY), tmp_path / "digits" / "tiny-seed0"
-    metrics = experiment.run(config, directory, progress=False)
-    assert experiment.has_weights(directory)
-    (directory / "model.safetensors").unlink()
-    assert not experiment.has_weights(directory)
-    assert experiment.verified_metrics(directory)["scores"] == metrics["scores"]
-    assert experiment.is_current(directory, config) and not experiment.training_stands(directory, config)
-    with pytest.raises(CheckpointError, match="make run-all PROFILE=digits ONLY=tiny-seed0"):
-        experiment.load_run(directory)
-    again = experiment.run(config, directory, progress=False)
-    assert again["files"] == metrics["files"] and experiment.has_weights(directory)
-    (directory / "history.json").unlink()
+def test_a_run_without_its_weights_is_current_and_says_so_to_who_needs_them(few_digits, tmp_path):
+    config, output = Config.from_dict(TINY | {"snapshots": [2]}), tmp_path / "quick" / "tiny-seed0"
+    metrics = experiment.run(config, output, progress=False)
+    for name in ("snapshot-2.safetensors", "model.safetensors"):
+        (output / name).unlink()
+        assert experiment.is_current(output, config) and not experiment.has_weights(output)
+        assert not experiment.training_stands(output, config)
+        with pytest.raises(CheckpointError, match=f"{name} .*PROFILE=quick ONLY=tiny-seed0"):
+            experiment.load_run(output, snapshot=2)
+    again = experiment.run(config, output, progress=False)
+    assert experiment.has_weights(output) and again["files"] == metrics["files"]
+    (output / "model.safetensors").unlink()
+    (output / "history.json").unlink()
     with pytest.raises(CheckpointError, match=r"history\.json is missing"):
-        experiment.verified_metrics(directory)
+        experiment.verified_metrics(output)
+    checkpoints.write_json(output / "metrics.json", {"config": {}})
+    with pytest.raises(CheckpointError, match="does not name the files"):
+        experiment.verified_metrics(output)
 
 
 def test_validation_and_test_images_are_different(finished):

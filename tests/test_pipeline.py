@@ -505,6 +505,58 @@ def test_a_failure_stops_nothing_else_and_missing_data_is_no_failure(project, ru
     assert "1 of 5 jobs are up to date, 3 to run" in told and "absent-seed0  not run: mnist" in told
 
 
+def test_runs_whose_weights_are_not_here_are_trained_when_a_chapter_may_load_them(project, run_all):
+    root, matrix = project
+    matrix["runs"] = [{"name": name, "n_updates": 3} for name in ("tiny", "shared", "other", "unread")]
+    matrix["chapters"] = [
+        {"notebook": "alone", "needs": ["shared", "other"]},
+        {"notebook": "reader", "needs": ["tiny", "shared"]},
+    ]
+    write_matrix(root, matrix)
+    assert run_all()[0] == 0
+    models = {job.name: job.output.with_name("model.safetensors") for job in pipeline.load_profile("quick").runs}
+    for model in models.values():
+        model.unlink()
+    assert "6 of 6 jobs are up to date, 0 to run" in run_all()[1]
+    text = (root / "book" / "reader.md").read_text()
+    for prose, only, told, there in [
+        ("", ["--only", "unread"], ["unread-seed0"], ["unread-seed0"]),
+        (
+            "\nProse.\n",
+            ["--only", "reader"],
+            ["tiny-seed0", "shared-seed0"],
+            ["tiny-seed0", "shared-seed0", "unread-seed0"],
+        ),
+        ("\nMore prose.\n", [], [], ["tiny-seed0", "shared-seed0", "unread-seed0"]),
+    ]:
+        (root / "book" / "reader.md").write_text(text + prose)
+        status, said = run_all(*only)
+        assert status == 0, said
+        assert ("trained again for their weights" in said) == bool(told)
+        assert not told or f"weights, which are not here: {', '.join(told)}\n" in said
+        assert sorted(name for name, model in models.items() if model.exists()) == sorted(there)
+
+
+def test_what_reads_a_run_that_is_trained_again_for_its_weights_may_need_others(project, without_kernels, monkeypatch):
+    root, matrix = project
+    matrix["runs"] = [{"name": name} for name in ("tiny", "shared", "other", "unread", "foreign")]
+    matrix["runs"][-1] |= {"dataset": "svhn", "feature_size": 8}  # its images are not here
+    matrix["chapters"] = [
+        {"notebook": "alone", "needs": ["shared", "other"]},
+        {"notebook": "reader", "needs": ["tiny", "shared", "foreign"]},
+    ]
+    write_matrix(root, matrix)
+    monkeypatch.delenv("SRLIB_DATA", raising=False)
+    execute_all(root)
+    profile = pipeline.load_profile("quick", root=root)
+    for job in profile.runs:
+        job.output.with_name("model.safetensors").unlink()
+    found = pipeline.to_execute([profile.jobs["reader"]], [*profile.jobs.values()], profile)
+    assert [job.name for job in found] == ["tiny-seed0", "shared-seed0", "other-seed0", "alone", "reader"]
+    found = pipeline.to_execute([profile.jobs["reader"]], [profile.jobs["reader"]], profile)
+    assert [job.name for job in found] == ["tiny-seed0", "shared-seed0", "reader"]
+
+
 def test_two_at_once_get_a_clear_message(project, run_all):
     root, _ = project
     for lock, command, message in [

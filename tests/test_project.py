@@ -70,6 +70,13 @@ def test_no_file_names_a_package_host_or_a_path_of_one_machine():
         assert not [host for host in hosts if host in text], path
 
 
+def test_the_weights_in_the_repository_are_few_and_those_of_the_model_that_most_chapters_load():
+    weights = [path for path in tracked_files() if path.suffix == ".safetensors"]
+    assert sum(path.stat().st_size for path in weights) <= 10_000_000
+    found = {path.relative_to(ROOT).as_posix() for path in weights}
+    assert {f"papermill_runs/digits/short_run-digits-L3-seed{i}/model.safetensors" for i in range(3)} <= found
+
+
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_text_notebooks_survive_a_round_trip(path, tmp_path):
     notebook = jupytext.read(path)
