@@ -17,6 +17,7 @@ from __future__ import annotations
 import argparse
 import ast
 import contextlib
+import functools
 import hashlib
 import json
 import os
@@ -189,8 +190,8 @@ def _entry(path: Path, row: dict[str, Any], name: str, default: Any, kind: type 
 
 def key(job: Job, profile: Profile) -> str:
     """The hash of everything that the job's result depends on."""
-    notebook = jupytext.read(job.notebook)
-    cells = [cell.source for cell in notebook.cells if cell.cell_type == "code"]
+    text = job.notebook.read_text()
+    cells = code_cells(text)
     read = [profile.jobs[run] for run in job.needs if not absence(profile.jobs[run])]
     # which system a notebook builds is said by its configuration, or by those of the runs that it reads, not by its text
     systems = {run.config.system for run in (job, *read) if run.config is not None}
@@ -202,13 +203,19 @@ def key(job: Job, profile: Profile) -> str:
     tables = [path for folder in folders for path in sorted(here.glob(folder))]
     tables = [path for path in tables if any(f'"{path.name}"' in cell for cell in cells)]
     parts = [
-        job.notebook.read_text(),
+        text,
         json.dumps(job.parameters, sort_keys=True),
         provenance.source_hash(modules),
         *results,
         *(path.read_text() for path in tables),
     ]
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()
+
+
+@functools.cache  # all runs are one notebook
+def code_cells(notebook: str) -> tuple[str, ...]:
+    """The code in a text notebook."""
+    return tuple(cell.source for cell in jupytext.reads(notebook, "md:myst").cells if cell.cell_type == "code")
 
 
 def not_run(job: Job) -> str | None:
