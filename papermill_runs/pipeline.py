@@ -20,6 +20,7 @@ import contextlib
 import functools
 import hashlib
 import json
+import math
 import os
 import re
 import shlex
@@ -29,9 +30,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
-from html import escape
 from pathlib import Path
 from typing import Any
 
@@ -182,8 +181,9 @@ def _entry(path: Path, row: dict[str, Any], name: str, default: Any, kind: type 
     value = row.get(name)
     if value is None:
         return default
-    if isinstance(value, bool) != (kind is bool) or not isinstance(value, kind):
-        wanted = {dict: "a mapping", list: "a list", str: "text", bool: "true or false"}.get(kind, "a number")
+    strange = isinstance(value, int | float) and not 0 <= value < math.inf
+    if isinstance(value, bool) != (kind is bool) or not isinstance(value, kind) or strange:
+        wanted = {dict: "a mapping", list: "a list", str: "text", bool: "true or false"}.get(kind, "a number from 0 on")
         raise PipelineError(f"{path}: {name}: {value!r} must be {wanted}")
     return value
 
@@ -220,17 +220,22 @@ def code_cells(notebook: str) -> tuple[str, ...]:
 
 def not_run(job: Job) -> str | None:
     """Why a run could not be made on this machine, or None."""
-    path = job.output.with_name("not_run.json")
-    return checkpoints.read_json(path)["reason"] if job.config is not None and path.exists() else None
+    return _recorded(job, "not_run").get("reason")
 
 
 def diverged(job: Job) -> str | None:
     """With what message a run diverged, or None. With another configuration or other sources it is to be tried again."""
-    path = job.output.with_name("diverged.json")
-    if job.config is None or not path.exists():
-        return None
-    record = checkpoints.read_json(path)
-    return record["reason"] if record["key"] == training_key(job) else None
+    record = _recorded(job, "diverged")
+    return record.get("reason") if record and record.get("key") == training_key(job) else None
+
+
+def _recorded(job: Job, word: str) -> dict[str, Any]:
+    """What stands beside a run that ended without a result; nothing where the file is damaged: then the run is made again."""
+    path = job.output.with_name(f"{word}.json")
+    if job.config is not None and path.exists():
+        with contextlib.suppress(checkpoints.CheckpointError, OSError):
+            return checkpoints.read_json(path)
+    return {}
 
 
 def absence(job: Job) -> str | None:
@@ -245,7 +250,7 @@ def up_to_date(job: Job, profile: Profile) -> bool:
     try:
         verify(job)
         return checkpoints.read_json(job.result)["key"] == key(job, profile)
-    except (PipelineError, checkpoints.CheckpointError, KeyError):
+    except (PipelineError, checkpoints.CheckpointError, KeyError, OSError):
         return False
 
 
@@ -284,7 +289,9 @@ def record_not_run(job: Job, reason: str) -> None:
 
 def execute(job: Job, profile: Profile) -> None:
     """Execute one job with papermill. The result appears whole or not at all; a failed notebook is kept as *.failed.ipynb."""
-    with locked(profile.folder / "logs" / f"{job.name}.lock", f"{job.name} is being executed by another process"):
+    with checkpoints.locked(
+        profile.folder / "logs" / f"{job.name}.lock", f"{job.name} is being executed by another process"
+    ):
         _execute(job, profile)
 
 
@@ -299,11 +306,14 @@ def _execute(job: Job, profile: Profile) -> None:
     failed, begun = job.output.with_suffix(".failed.ipynb"), job.output.with_suffix(".begun")
     job.output.with_name("not_run.json").unlink(missing_ok=True) if job.config else None
     if job.config is not None and not experiment.training_stands(job.output.parent, job.config):
-        # an interrupted training goes on; what another configuration or older sources left behind is no part of this one
-        if not (begun.exists() and begun.read_text() == training_key(job)):
-            shutil.rmtree(job.output.parent)
-            job.output.parent.mkdir()
-        checkpoints.atomic_write(begun, training_key(job).encode())
+        with checkpoints.locked(job.output.parent, f"another process trains in {job.output.parent}"):
+            # An interrupted training goes on, one that was begun by hand too, or says why it cannot. What another
+            # configuration or older sources left behind is no part of this one.
+            by_hand = training.resume_file(job.output.parent).exists() and not begun.exists()
+            if not by_hand and not (begun.exists() and begun.read_text() == training_key(job)):
+                shutil.rmtree(job.output.parent)
+                job.output.parent.mkdir()
+            checkpoints.atomic_write(begun, training_key(job).encode())
     notebook.metadata["kernelspec"] = {"name": "python3", "display_name": "Python 3", "language": "python"}
     source, partial = job.output.with_suffix(".source.ipynb"), job.output.with_suffix(".partial.ipynb")
     nbformat.write(notebook, source)
@@ -506,7 +516,7 @@ def lacks_weights(job: Job) -> bool:
     """Whether a run is finished and here without its weights, and its images are here, to train it again."""
     if job.config is None:
         return False
-    with contextlib.suppress(checkpoints.CheckpointError, data.DatasetUnavailable, data.DataError):
+    with contextlib.suppress(checkpoints.CheckpointError, data.DatasetUnavailable, data.DataError, OSError):
         if not experiment.has_weights(job.output.parent):
             data.load(job.config.dataset)
             return True
@@ -578,26 +588,12 @@ def end_with(parent: int) -> None:
         threading.Thread(target=watch, daemon=True).start()
 
 
-@contextlib.contextmanager
-def locked(path: Path, refusal: str) -> Iterator[None]:
-    """Only one process at a time; the lock ends with its holder, however that ends."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w") as lock:
-        try:
-            import fcntl
-
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except ImportError:  # Windows has no such lock
-            pass
-        except OSError:
-            raise PipelineError(f"{refusal}; wait for it or stop it") from None
-        yield
-
-
 def build_book(profile: Profile) -> Path:
     """Check all results, put the book together from executed notebooks and build it; returns index.html."""
     target = profile.root / "book" / "_build" / profile.name
-    with locked(target / ".lock", f"the book of the profile {profile.name} is being built by another process"):
+    with checkpoints.locked(
+        target / ".lock", f"the book of the profile {profile.name} is being built by another process"
+    ):
         return _build_book(profile, target)
 
 
@@ -613,8 +609,8 @@ def _build_book(profile: Profile, target: Path) -> Path:
     for job in made:
         try:
             verify(job)
-        except (PipelineError, checkpoints.CheckpointError) as error:
-            raise PipelineError(f"{error}; {profile.command} makes it again") from error
+        except (PipelineError, checkpoints.CheckpointError, KeyError) as error:
+            raise PipelineError(f"{job.name}: {error}; {profile.command} makes it again") from error
     older = [job.name for job in made if not current(job, profile)]
     if older:
         print(f"made from older sources: {', '.join(older)}; {profile.command} makes them again")
@@ -702,18 +698,15 @@ def runs_page(profile: Profile) -> str:
         if reason := absence(job):
             lines.append(f"| {job.name} | {job.config.dataset} | | {_as_text(reason)} | | | |")
             continue
-        metrics = checkpoints.read_json(job.output.with_name("metrics.json"))
-        scores, config = metrics["scores"], metrics["config"]
-        lines.append(
-            f"| [{job.name}](runs/{job.name}) | {_as_text(config['dataset'])} | {config['n_updates']:d} "
-            f"| {scores['mse']:.4f} ± {scores['mse_standard_error']:.4f} | {scores['n_images']:d} {_as_text(scores['split'])} images "
-            f"| {metrics['seconds']['training']:.0f} | {_sources(job, profile)} |"
-        )
-        machine, memory = metrics["environment"], metrics["peak_memory"]
-        where.append(
-            f"| {job.name} | {config['seed']:d} | `{_as_text(metrics['data']['fingerprint'])}` | `{_as_text(metrics['source_hash'][:12])}` "
-            f"| {_as_text(machine['processor'])} | {_as_text(machine['torch'])} | {f'{memory / 1e9:.1f} GB' if memory else ''} |"
-        )
+        path = job.output.with_name("metrics.json")
+        try:
+            row, origin = _rows(job, profile, checkpoints.read_json(path))
+        except (KeyError, TypeError, ValueError) as error:
+            raise PipelineError(
+                f"{path} is not what a run writes ({error!r}); delete it, {profile.command} makes it again"
+            ) from error
+        lines.append(row)
+        where.append(origin)
     lines += [
         "",
         "MSE is per pixel on $[-1, 1]$, with its standard error over images; seconds are those of the training.",
@@ -724,7 +717,7 @@ def runs_page(profile: Profile) -> str:
         "|---|---|---|---|---|---|---|",
         *where,
         "",
-        "Images and code are named by the first digits of their hashes, kept with all versions in each run's `metrics.json`. The code is that of all modules that the run can reach; comments and formatting do not count.",
+        "Images and code are named by the first digits of their hashes, kept with all versions in each run's `metrics.json`. The code is that of all modules that the run can reach; comments and formatting do not count. Where code has changed since without changing a bit of the first updates of every row (`benchmarks/same_bits.py`), a run counts as current, and the code is that which trained it.",
         "",
         "## Chapters",
         "",
@@ -738,9 +731,28 @@ def runs_page(profile: Profile) -> str:
     return "\n".join(lines) + "\n"
 
 
+def _rows(job: Job, profile: Profile, metrics: dict[str, Any]) -> tuple[str, str]:
+    """A run in the two tables of `runs_page`."""
+    scores, config = metrics["scores"], metrics["config"]
+    trained_with = [*metrics.get("same_bits", []), metrics][0]["source_hash"]
+    machine, memory = metrics["environment"], metrics["peak_memory"]
+    return (
+        f"| [{job.name}](runs/{job.name}) | {_as_text(config['dataset'])} | {config['n_updates']:d} "
+        f"| {scores['mse']:.4f} ± {scores['mse_standard_error']:.4f} | {scores['n_images']:d} {_as_text(scores['split'])} images "
+        f"| {metrics['seconds']['training']:.0f} | {_sources(job, profile)} |",
+        f"| {job.name} | {config['seed']:d} | {_as_code(metrics['data']['fingerprint'])} | {_as_code(trained_with[:12])} "
+        f"| {_as_text(machine['processor'])} | {_as_text(machine['torch'])} | {f'{memory / 1e9:.1f} GB' if memory else ''} |",
+    )
+
+
 def _as_text(found: str) -> str:
-    """What stood in a file, to be shown in a cell of a Markdown table as it is: no HTML, no other cell."""
-    return " ".join(escape(found).replace("|", "&#124;").split())
+    """What stood in a file, to be shown in a cell of a Markdown table as it is: no HTML, no link, no role, no other cell."""
+    return " ".join(re.sub(r"[^\w\s.,:;/()%+-]", lambda sign: f"&#{ord(sign[0])};", found).split())
+
+
+def _as_code(found: str) -> str:
+    """The same for a hash."""
+    return f"`{re.sub('[^0-9a-f]', '', found)}`"
 
 
 def _sources(job: Job, profile: Profile) -> str:
@@ -749,8 +761,8 @@ def _sources(job: Job, profile: Profile) -> str:
 
 def _expected(job: Job) -> float:
     """Seconds that the job took last time, or what the matrix says."""
-    with contextlib.suppress(checkpoints.CheckpointError):
-        return checkpoints.read_json(job.result)["seconds"]
+    with contextlib.suppress(checkpoints.CheckpointError, OSError, KeyError, ValueError, TypeError):
+        return float(checkpoints.read_json(job.result)["seconds"])
     return job.seconds
 
 
@@ -813,7 +825,7 @@ def main(arguments: list[str] | None = None) -> int:
             raise PipelineError(f"--jobs {given.jobs}: at least one job at a time")
         # stopped by a batch system as by Ctrl-C: the children are stopped too
         signal.signal(signal.SIGTERM, signal.default_int_handler)
-        with locked(profile.folder / ".lock", f"another run-all of the profile {profile.name} is at work"):
+        with checkpoints.locked(profile.folder / ".lock", f"another run-all of the profile {profile.name} is at work"):
             failed = run(profile, given.jobs, given.only)
         if failed:
             print("\n".join([f"{len(failed)} failed:", *(f"  {name}: {how}" for name, how in failed.items())]))

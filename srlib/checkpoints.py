@@ -1,6 +1,6 @@
 """Files that are either whole or absent, and say so when they are not.
 
-Tensors go into safetensors files, whose header carries JSON metadata; results go into JSON files that hold their own checksum.
+Tensors go into safetensors files, whose header carries JSON metadata; results go into JSON files. Both hold their own checksum.
 Both are written to a temporary file, flushed to the disk and renamed, so an interruption leaves the old file or the new one.
 Nothing is ever unpickled.
 """
@@ -14,6 +14,7 @@ import math
 import os
 import tempfile
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,8 +23,10 @@ import yaml
 if TYPE_CHECKING:
     from torch import Tensor
 
-METADATA_KEY = "srlib"
+METADATA_KEY, DIGEST_KEY = "srlib", "sha256"
 LARGEST_YAML = 2**20  # bytes
+LONGEST_NUMBER = 100  # characters: YAML takes time that grows with their square
+LARGEST_JSON = 2**28  # bytes: the history of some million updates
 
 
 class CheckpointError(ValueError):
@@ -71,37 +74,65 @@ def _flush_folder(folder: Path) -> None:
 
 
 def save(path: str | os.PathLike[str], tensors: dict[str, Tensor], metadata: dict[str, Any]) -> None:
-    """Save named tensors (any device, shape and dtype) and JSON-serialisable `metadata` to the safetensors file `path`."""
+    """Save named tensors (any device, shape and dtype) and `metadata` to the safetensors file `path`.
+
+    Raises:
+        CheckpointError: JSON cannot hold `metadata`.
+    """
     from safetensors.torch import save as to_bytes
 
-    whole = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    atomic_write(path, to_bytes(whole, metadata={METADATA_KEY: json.dumps(metadata, sort_keys=True)}))
+    # copies: safetensors refuses tensors that share their memory
+    whole = {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in tensors.items()}
+    try:
+        text = json.dumps(metadata, sort_keys=True)
+    except (TypeError, ValueError) as error:
+        raise CheckpointError(f"{path}: its metadata cannot be written as JSON ({error})") from error
+    atomic_write(path, to_bytes(whole, metadata={METADATA_KEY: text, DIGEST_KEY: _digest(whole, text)}))
+
+
+def _digest(tensors: dict[str, Tensor], metadata: str) -> str:
+    """The sha256 of all that a checkpoint holds."""
+    import torch
+
+    total = hashlib.sha256(metadata.encode())
+    for name, tensor in sorted(tensors.items()):
+        total.update(f"\0{name} {tensor.dtype} {tuple(tensor.shape)}\0".encode())
+        total.update(tensor.reshape(-1).view(torch.uint8).numpy())
+    return total.hexdigest()
 
 
 def load(path: str | os.PathLike[str], device: str = "cpu") -> tuple[dict[str, Tensor], dict[str, Any]]:
     """The tensors, on `device`, and the metadata that `save` wrote to `path`.
 
     Raises:
-        CheckpointError: the file is missing, truncated, or was not written by `save`.
+        CheckpointError: the file is missing, truncated, changed, or was not written by `save`.
+        OSError: it is there, but cannot be read; it may be whole.
     """
     from safetensors import safe_open
 
     try:
-        with safe_open(path, framework="pt", device=device) as file:
-            metadata = json.loads((file.metadata() or {}).get(METADATA_KEY, "null"))
+        with open(path, "rb"):  # of what the system says safetensors makes errors of its own
+            pass
+        with safe_open(path, framework="pt", device="cpu") as file:
+            text = (file.metadata() or {}).get(METADATA_KEY, "null")
+            metadata = json.loads(text)
             if not isinstance(metadata, dict):
                 raise CheckpointError(f"{path} has no srlib metadata: it was not written by srlib.checkpoints.save")
-            return {name: file.get_tensor(name) for name in file.keys()}, metadata  # noqa: SIM118 (not a mapping)
-    except FileNotFoundError:
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
+            # the oldest files have none
+            if file.metadata().get(DIGEST_KEY, digest := _digest(tensors, text)) != digest:
+                raise CheckpointError(f"{path} was changed: its checksum does not match; delete it and run again")
+            return {name: tensor.to(device) for name, tensor in tensors.items()}, metadata
+    except (FileNotFoundError, NotADirectoryError):
         raise CheckpointError(f"there is no checkpoint {path}") from None
-    except CheckpointError:
+    except (CheckpointError, OSError):
         raise
     except Exception as error:  # SafetensorError, and what torch and json raise for sizes and depths beyond them
         raise CheckpointError(f"{path} is truncated or no checkpoint ({error}); delete it and run again") from error
 
 
 class _Loader(yaml.SafeLoader):
-    """Refuses a key given twice, of which YAML takes the last, and aliases that stand for more than a file may hold."""
+    """Refuses a key given twice, of which YAML takes the last, endless numbers, and aliases that stand for more than a file may hold."""
 
     def get_single_node(self) -> yaml.Node | None:
         root = super().get_single_node()
@@ -116,6 +147,12 @@ class _Loader(yaml.SafeLoader):
         if twice:
             raise yaml.constructor.ConstructorError(None, None, f"{', '.join(twice)} given twice", node.start_mark)
         return super().construct_mapping(node, deep)
+
+    def construct_scalar(self, node: yaml.ScalarNode) -> Any:
+        if node.tag.endswith((":int", ":float")) and len(node.value) > LONGEST_NUMBER:
+            what = f"a number of {len(node.value)} characters"
+            raise yaml.constructor.ConstructorError(None, None, what, node.start_mark)
+        return super().construct_scalar(node)
 
 
 def _expanded(node: yaml.Node, known: dict[int, float]) -> float:
@@ -172,17 +209,47 @@ def read_json(path: str | os.PathLike[str]) -> dict[str, Any]:
     """What `write_json` wrote to `path`, "checksum" included.
 
     Raises:
-        CheckpointError: the file is missing, no JSON, or differs from what was written.
+        CheckpointError: the file is missing, no JSON, absurdly long, or differs from what was written.
+        OSError: it is there, but cannot be read; it may be whole.
     """
     try:
-        found = json.loads(Path(path).read_text(encoding="utf-8"))
+        with open(path, "rb") as file:
+            content = file.read(LARGEST_JSON + 1)
+    except (FileNotFoundError, NotADirectoryError):
+        raise CheckpointError(f"there is no result {path}; run what makes it") from None
+    if len(content) > LARGEST_JSON:
+        raise CheckpointError(f"{path} is longer than {LARGEST_JSON} bytes; delete it and run again")
+    try:
+        found = json.loads(content.decode())
         payload = {key: value for key, value in found.items() if key != "checksum"}
         expected = found.get("checksum")
         actual = checksum(payload)
-    except FileNotFoundError:
-        raise CheckpointError(f"there is no result {path}; run what makes it") from None
-    except (OSError, ValueError, AttributeError, RecursionError) as error:
+    except (ValueError, AttributeError, RecursionError) as error:
         raise CheckpointError(f"{path} is truncated or not JSON ({error}); delete it and run again") from error
     if expected != actual:
         raise CheckpointError(f"{path} was edited: its checksum does not match what is in it; delete it and run again")
     return found
+
+
+@contextlib.contextmanager
+def locked(path: str | os.PathLike[str], refusal: str) -> Iterator[None]:
+    """Only one process at a time; `path` is a folder, or a file that is made. The lock ends with its holder, however that ends.
+
+    Raises:
+        CheckpointError: another process holds it; the message begins with `refusal`.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        try:
+            import fcntl
+
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise CheckpointError(f"{refusal}; wait for it or stop it") from None
+        except (ImportError, OSError):  # Windows and some shared disks have no such locks
+            pass
+        yield
+    finally:
+        os.close(descriptor)

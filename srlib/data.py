@@ -337,7 +337,9 @@ def _read_list(path: Path, names: list[str]) -> np.ndarray | None:
     if not path.exists():
         return None
     try:
-        numbers = {name: int(value) for name, value in (line.split() for line in path.read_text().splitlines() if line)}
+        numbers = {
+            name: int(value) for name, value in (line.split() for line in _content(path).decode().splitlines() if line)
+        }
         return np.array([numbers[name] for name in names], dtype=np.int64)
     except (ValueError, OverflowError) as error:
         raise DataError(f"{path}: each line must hold a file name and a whole number ({error})") from error
@@ -450,16 +452,18 @@ MAT_NUMBERS = range(6, 14)  # classes of arrays, from double to uint32: no text,
 
 
 def _mat_arrays(content: bytes) -> Iterator[tuple[str, np.ndarray]]:
-    """Names and values of the arrays of real numbers in a .mat file. Raises ValueError, struct.error or zlib.error."""
+    """Names and values of the arrays X and y of real numbers in a .mat file. Raises ValueError, struct.error or zlib.error."""
     order = {b"\0\1IM": "<", b"\1\0MI": ">"}.get(content[124:128])
     if order is None:
         raise ValueError("it is no MAT-file of level 5")
+    left = LARGEST_FILE  # what all elements together may inflate to
     for kind, body in _mat_elements(memoryview(content)[128:], order):
         if kind == MAT_COMPRESSED:
             inflating = zlib.decompressobj()
-            whole = inflating.decompress(body, LARGEST_FILE)
-            if not inflating.eof:
-                raise ValueError(f"an element is truncated, or inflates to more than {LARGEST_FILE} bytes")
+            whole = inflating.decompress(body, left + 1)
+            left -= len(whole)
+            if left < 0 or not inflating.eof:
+                raise ValueError(f"it is truncated, or inflates to more than {LARGEST_FILE} bytes")
             kind, body = next(_mat_elements(memoryview(whole), order), (0, body))
         parts = list(_mat_elements(body, order)) if kind == MAT_MATRIX else []
         if len(parts) != 4 or parts[0][1][0 if order == "<" else 3] not in MAT_NUMBERS or parts[3][0] not in MAT_TYPES:
@@ -469,7 +473,8 @@ def _mat_arrays(content: bytes) -> Iterator[tuple[str, np.ndarray]]:
         sizes = struct.unpack(f"{order}{len(shape) // 4}i", shape)
         if math.prod(sizes) != array.size or min(sizes, default=-1) < 0:
             raise ValueError(f"an array of {array.size} numbers has the shape {sizes}")
-        yield bytes(name).decode(), array.reshape(sizes, order="F")
+        if bytes(name) in (b"X", b"y"):
+            yield bytes(name).decode(), array.reshape(sizes, order="F")
 
 
 def _mat_elements(content: memoryview, order: str) -> Iterator[tuple[int, memoryview]]:
@@ -516,8 +521,8 @@ def _read_images(files: list[Path], size: tuple[int, int], side: int, prepare: C
 
 def _content(file: Path) -> bytes:
     """The bytes of a file that is no longer than any of these datasets' files."""
-    if file.stat().st_size > LARGEST_FILE:
-        raise DataError(f"{file} is longer than {LARGEST_FILE} bytes; fetch it again")
+    if not file.is_file() or file.stat().st_size > LARGEST_FILE:
+        raise DataError(f"{file} is no file, or longer than {LARGEST_FILE} bytes; fetch it again")
     return file.read_bytes()
 
 

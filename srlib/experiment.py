@@ -11,12 +11,13 @@ Started by torchrun, all its processes train and evaluate this one system togeth
 from __future__ import annotations
 
 import argparse
+import contextlib
 import difflib
 import importlib
 import json
 import re
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import MISSING, asdict, dataclass, field, fields
 from pathlib import Path
 from types import ModuleType
@@ -35,7 +36,16 @@ from .system import System
 from .training import History, TrainingPlan, resume_file, snapshot_file, stream, training_seconds
 
 Search = Literal["none", "grid", "descent"]
+KEPT = (
+    "environment",
+    "peak_memory",
+    "files",
+    "same_bits",
+)  # what metrics.json says of the training when it is scored again
 WEIGHTS = ".safetensors"  # the files of a run that it may be kept without
+LONGEST_LIST = 1000  # layers, snapshots, learning rates
+LARGEST_WHOLE = 2**63 - 1
+LARGEST_MODEL = 2**31  # numbers in a system
 N_AGGREGATE = 5000  # training images that the Gaussian of the inferred latents is fitted to, at most
 GENERATORS = {"top_down": TopDownGenerator, "ladder": LadderGenerator}
 
@@ -121,9 +131,9 @@ class Config:
             raise ValueError(f"seed={self.seed!r} must be a whole number from 0 to 2^32 - 1")
         if self.step_size_search not in get_args(Search):
             raise ValueError(f"step_size_search={self.step_size_search!r} must be one of {get_args(Search)}")
-        if not re.fullmatch(r"\w[\w.+-]*", self.name, re.ASCII):
+        if not re.fullmatch(r"\w[\w.+-]{0,199}", self.name, re.ASCII):
             raise ValueError(
-                f"name={self.name!r} must consist of letters, digits and . _ + - only: it names a directory"
+                f"name={self.name[:250]!r} must consist of at most 200 letters, digits and . _ + - only: it names a directory"
             )
         self.torch_device()
         self.plan()
@@ -133,10 +143,11 @@ class Config:
                 "updates; make every smaller, or use none"
             )
         try:
-            with torch.device("meta"):  # every check of the system's parts, without memory or arithmetic
-                self._module().builder(self)(IMAGE_SHAPES[checked_name(self.dataset)])
+            state = self.state()
         except RuntimeError as error:
             raise ValueError(f"torch cannot make tensors of these sizes ({error}); choose smaller ones") from error
+        if (size := sum(tensor.numel() for tensor in state.values())) > LARGEST_MODEL:
+            raise ValueError(f"the system would hold {size:.3g} numbers; choose fewer latents or channels")
         if self.n_samples <= (d := sum(self.latent_dims)):
             raise ValueError(
                 f"n_samples={self.n_samples}: as many images cannot fix the covariance of {d} latents; give at least {d + 1}"
@@ -175,6 +186,11 @@ class Config:
         """The generator, before training; its first weights come from torch's global state."""
         return GENERATORS[self.generator](self.latent_dims, image_shape, self.channels, self.feature_size)
 
+    def state(self) -> dict[str, Tensor]:
+        """The state of the system without its numbers: every check of its parts, without memory or arithmetic."""
+        with torch.device("meta"):
+            return self._module().builder(self)(IMAGE_SHAPES[checked_name(self.dataset)]).state_dict()
+
     def build(self, image_shape: tuple[int, int, int]) -> System:
         """The untrained system; its first weights depend on `seed` alone."""
         with torch.random.fork_rng(devices=[]):
@@ -190,7 +206,9 @@ class Config:
         try:
             device = torch.device(self.device)
         except RuntimeError:
-            raise ValueError(f"device={self.device!r} is unknown; there are: auto, cpu, cuda, cuda:1, ...") from None
+            device = torch.device("meta")
+        if device.type not in ("cpu", "cuda"):
+            raise ValueError(f"device={self.device!r} is unknown; there are: auto, cpu, cuda, cuda:1, ...")
         if device.type == "cuda" and not torch.cuda.is_available():
             raise ValueError(f"device={self.device!r}: torch sees no GPU on this machine; use auto or cpu")
         if device.type == "cuda" and distributed.n_processes() > 1:
@@ -207,14 +225,19 @@ def run(config: Config, output: Path | str, progress: bool = True) -> dict[str, 
     Called again after an interruption it goes on. Called again after the end it scores the training that stands there again,
     unless the sources of the training have changed, which makes it start anew.
 
-    Raises ValueError if `output` holds a run with another configuration, `DatasetUnavailable` if the images are not on
-    this machine.
+    Raises ValueError if `output` holds a run with another configuration or another process is at work there,
+    `DatasetUnavailable` if the images are not on this machine.
     """
-    output, started = Path(output), time.monotonic()
+    output, dataset = Path(output), load(config.dataset)
+    with contextlib.ExitStack() as held:
+        distributed.from_first(lambda: held.enter_context(_claimed(output, config)))
+        return _run(config, dataset, output, progress)
+
+
+def _run(config: Config, dataset: Dataset, output: Path, progress: bool) -> dict[str, Any]:
+    started = time.monotonic()
     sources = modules(config.system)
     hashes = {"source_hash": provenance.source_hash(sources), "training_hash": training_hash(config.system)}
-    dataset = load(config.dataset)
-    distributed.from_first(lambda: _claim(output, config))
     if distributed.from_first(lambda: training_stands(output, config)):
         system, training, _ = distributed.from_first(lambda: load_run(output))
         system.to(config.torch_device())
@@ -224,7 +247,7 @@ def run(config: Config, output: Path | str, progress: bool = True) -> dict[str, 
         "config": asdict(config),
         "scores": evaluate(system, dataset, config.evaluation_split, config.seed, config.n_samples),
         "data": {"name": dataset.name, "fingerprint": dataset.fingerprint, "n_train": len(dataset.train.images)},
-        **{name: training[name] for name in ("environment", "peak_memory", "files")},
+        **{name: training[name] for name in KEPT if name in training},
         "seconds": training["seconds"] | {"last_sitting": time.monotonic() - started},
         **hashes,  # as they were at the start: files may be edited while a run lasts
         "modules": sources,
@@ -232,7 +255,8 @@ def run(config: Config, output: Path | str, progress: bool = True) -> dict[str, 
 
     def write() -> dict[str, Any]:
         checkpoints.write_json(output / "metrics.json", metrics)
-        resume_file(output).unlink(missing_ok=True)
+        for leftover in (resume_file(output), *output.glob(".*.tmp")):  # of writing that was killed
+            leftover.unlink(missing_ok=True)
         return metrics
 
     return distributed.from_first(write)
@@ -328,32 +352,47 @@ def load_run(
     """The trained system, the metrics and the history of a finished run, their checksums verified.
 
     snapshot : the system as it was after that many updates, one of the configuration's `snapshots`.
+
+    Raises:
+        CheckpointError: a file is missing, edited, or not what a run of this configuration writes.
     """
     directory = Path(directory)
     metrics = verified_metrics(directory)
-    history = checkpoints.read_json(directory / "history.json")["history"]
-    tensors, saved = load_weights(directory / "model.safetensors", device)
-    if not isinstance(saved.get("config"), dict):
-        raise checkpoints.CheckpointError(f"{directory / 'model.safetensors'} holds no trained system")
-    config = Config.from_dict(saved["config"])
-    system = config.build(tuple(load(config.dataset).image_shape)).to(device)
-    if snapshot is not None:
-        tensors, _ = load_weights(snapshot_file(directory, snapshot), device)
+    history = checkpoints.read_json(directory / "history.json").get("history")
+    path = directory / "model.safetensors" if snapshot is None else snapshot_file(directory, snapshot)
+    if not {path.name, "history.json"} <= {*metrics["files"]} or not isinstance(history, dict):
+        raise checkpoints.CheckpointError(f"{directory} is no finished run with {path.name} and a history")
+    tensors, _ = load_weights(path, device)
     try:
-        system.load_state_dict(tensors)
-    except RuntimeError as error:
-        raise checkpoints.CheckpointError(f"{directory} holds the weights of another system ({error})") from error
+        config = Config.from_dict(metrics["config"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise checkpoints.CheckpointError(f"{directory / 'metrics.json'} has no configuration: {error}") from error
+    found, wanted = ({n: (t.shape, t.dtype) for n, t in state.items()} for state in (tensors, config.state()))
+    if found != wanted:  # before there is memory for it
+        other = [name for name in sorted({*found, *wanted}) if found.get(name) != wanted.get(name)]
+        raise checkpoints.CheckpointError(f"{path} holds the weights of another system: {', '.join(other[:3])} differ")
+    if bad := [name for name, tensor in tensors.items() if not tensor.isfinite().all()]:
+        raise checkpoints.CheckpointError(f"{path} holds NaN or infinite numbers in {', '.join(bad[:3])}")
+    system = config.build(tuple(load(config.dataset).image_shape)).to(device)
+    system.load_state_dict(tensors)
     return system, metrics, history
 
 
-def _claim(output: Path, config: Config) -> None:
-    """Write config.yaml, unless the directory belongs to a run with another configuration."""
+@contextlib.contextmanager
+def _claimed(output: Path, config: Config) -> Iterator[None]:
+    """Hold the directory and write config.yaml, unless it belongs to a run with another configuration."""
     try:
         output.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ValueError(
             f"{output} cannot be made a run directory ({error.strerror}); choose another --output"
         ) from error
+    with checkpoints.locked(output, f"another process is at work in {output}"):
+        _claim(output, config)
+        yield
+
+
+def _claim(output: Path, config: Config) -> None:
     path, text = output / "config.yaml", yaml.safe_dump(_plain(asdict(config)), sort_keys=False)
     begun = any((output / name).exists() for name in ("metrics.json", "model.safetensors", resume_file(output).name))
     if begun and path.exists() and Config.from_yaml(path) != config:
@@ -375,19 +414,30 @@ def _converted(key: str, value: Any, default: Any) -> Any:
     item = kind if kind is not tuple else type(default[0]) if default else int
     try:
         if kind is tuple:
-            if not isinstance(value, (list, tuple)):
+            if not isinstance(value, (list, tuple)) or len(value) > LONGEST_LIST:
                 raise ValueError
             return tuple(_number(v, item) for v in value)
         if kind is bool:
             return _truth(value)
         return _number(value, item) if item in (int, float) else _text(value)
-    except (TypeError, ValueError):
-        wanted = f"a list of {item.__name__}" if kind is tuple else kind.__name__
-        raise ValueError(f"{key}={value!r} must be {wanted}") from None
+    except (TypeError, ValueError, OverflowError):
+        wanted = f"a list of {item.__name__}, at most {LONGEST_LIST}" if kind is tuple else kind.__name__
+        raise ValueError(f"{key}={_shown(value)} must be {wanted}") from None
+
+
+def _shown(value: Any) -> str:
+    """A value for a message; Python refuses to write out numbers of thousands of digits."""
+    try:
+        text = repr(value)
+    except ValueError:
+        text = f"a {type(value).__name__} with a number beyond all bounds"
+    return text if len(text) <= 200 else f"{text[:200]}..."
 
 
 def _number(value: Any, kind: type) -> Any:
     if isinstance(value, bool) or (kind is int and not isinstance(value, int)):
+        raise ValueError
+    if isinstance(value, int) and abs(value) > LARGEST_WHOLE:
         raise ValueError
     return kind(value)
 

@@ -32,7 +32,7 @@ from .langevin import DivergenceError, noise_scale_from_step_size, short_run, va
 from .posterior import Posterior
 from .step_size import StepSizeResult
 from .system import NoisySystem
-from .training import History, TrainingLoop, TrainingPlan
+from .training import History, TrainingLoop, TrainingPlan, check_training
 
 # Reconstructions that vary this little, relative to the images, come from a generator that ignores its latents.
 COLLAPSED_SPREAD = 0.01
@@ -111,6 +111,7 @@ class ShortRun(NoisySystem):
         chains: Tensor | None = None,
     ) -> History:
         """`fit`; with `chains` [n, d], one for each image, line 2 is to go on from there (`baselines.abp`)."""
+        check_training(self, images, plan)
         if min(plan.batch_size, len(images)) == 1:
             raise ValueError("batches of 1 image: whether the generator collapses is seen from 2 images on; use more")
         if self.update_step_size is not None and self.every > plan.n_updates:
@@ -179,7 +180,10 @@ class ShortRun(NoisySystem):
     def _choose_step_size(self, posterior: Posterior, s: Tensor, loop: TrainingLoop, rng: torch.Generator) -> None:
         started = time.perf_counter()
         with distributed.whole(posterior.x) as x:
-            result = self.update_step_size(Posterior(self.generator, x, posterior.sigma), s, self.n_steps, rng)
+            try:
+                result = self.update_step_size(Posterior(self.generator, x, posterior.sigma), s, self.n_steps, rng)
+            except DivergenceError as error:
+                raise DivergenceError(f"update {loop.t}: the search of the step size failed: {error}") from error
         if result.step_size.shape != self.step_size.shape:
             raise ValueError(
                 f"update_step_size chose a step size of shape {tuple(result.step_size.shape)}, the system was made with one of "

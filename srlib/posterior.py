@@ -56,30 +56,13 @@ class Posterior:
     """
 
     def __init__(self, generator: Generator, x: Tensor, sigma: float, mask: Tensor | None = None) -> None:
-        if not isinstance(generator, Generator) or not isinstance(x, Tensor):
-            raise ValueError(
-                f"a posterior needs a Generator and a tensor x, not a {type(generator).__name__} and a {type(x).__name__}"
-            )
-        if x.ndim != 4 or tuple(x.shape[1:]) != generator.image_shape:
-            raise ValueError(
-                f"x has shape {tuple(x.shape)}, the generator makes [n, {', '.join(map(str, generator.image_shape))}]"
-            )
-        if not x.is_floating_point():
-            raise ValueError(f"x has dtype {x.dtype}; scale it to [-1, 1] as floats (srlib.to_unit_range does)")
-        dtype = next(generator.parameters()).dtype
-        if x.dtype != dtype:
-            raise ValueError(f"x has dtype {x.dtype}, the generator computes in {dtype}; convert one of them")
-        if not len(x):
-            raise ValueError(f"x has shape {tuple(x.shape)}, without an image; give at least one")
-        check_positive("sigma", sigma)
-        if not torch.finfo(dtype).tiny <= sigma * sigma <= torch.finfo(dtype).max:
-            raise ValueError(f"sigma={sigma!r} is too small or too large for its square to be a number in {dtype}")
+        check_images(generator, x)
+        check_sigma("sigma", sigma, x.dtype)
         self.generator = generator
         self.sigma = float(sigma)
         self.mask = None if mask is None else _checked_mask(mask, x)
         self.x = x if self.mask is None else torch.where(self.mask > 0, x, torch.zeros_like(x))
-        if not self.x.is_meta and not self.x.isfinite().all():
-            raise ValueError("x holds NaN or infinite pixels; hide them with mask = 0 or replace them")
+        check_finite(self.x)
 
     def __len__(self) -> int:
         return len(self.x)
@@ -201,9 +184,43 @@ class _Score(torch.autograd.Function):
         return torch.cat([ctx.posterior[cut].hessian_product(e[cut], v[cut]) for cut in cuts]), None, None
 
 
+def check_sigma(name: str, sigma: float, dtype: torch.dtype) -> None:
+    """Raises ValueError unless `sigma` is a positive number whose square is one too."""
+    check_positive(name, sigma)
+    if not torch.finfo(dtype).tiny <= sigma * sigma <= torch.finfo(dtype).max:
+        raise ValueError(f"{name}={sigma!r} is too small or too large for its square to be a number in {dtype}")
+
+
+def check_images(generator: Generator, x: Tensor) -> None:
+    """Raises ValueError unless x is a batch of floating-point images [n, C, H, W] such as `generator` makes, where it computes."""
+    if not isinstance(generator, Generator) or not isinstance(x, Tensor):
+        raise ValueError(f"give a Generator and a tensor x, not a {type(generator).__name__} and a {type(x).__name__}")
+    if x.ndim != 4 or tuple(x.shape[1:]) != tuple(generator.image_shape):
+        raise ValueError(
+            f"x has shape {tuple(x.shape)}, the generator makes [n, {', '.join(map(str, generator.image_shape))}]"
+        )
+    if not x.is_floating_point():
+        raise ValueError(f"x has dtype {x.dtype}; scale it to [-1, 1] as floats (srlib.to_unit_range does)")
+    parameter = next(generator.parameters())
+    if x.dtype != parameter.dtype:
+        raise ValueError(f"x has dtype {x.dtype}, the generator computes in {parameter.dtype}; convert one of them")
+    if x.device != parameter.device:
+        raise ValueError(f"x is on {x.device}, the generator on {parameter.device}; move one of them")
+    if not len(x):
+        raise ValueError(f"x has shape {tuple(x.shape)}, without an image; give at least one")
+
+
+def check_finite(x: Tensor) -> None:
+    """Raises ValueError for pixels that are no numbers."""
+    if not x.is_meta and not x.isfinite().all():
+        raise ValueError("x holds NaN or infinite pixels; hide them with mask = 0 or replace them")
+
+
 def _checked_mask(mask: Tensor, x: Tensor) -> Tensor:
     if not isinstance(mask, Tensor):
         raise ValueError(f"mask={mask!r} must be a tensor that broadcasts to x {tuple(x.shape)}")
+    if mask.is_meta and not x.is_meta:
+        raise ValueError(f"mask is on {mask.device}, which holds no numbers, x on {x.device}")
     mask = mask.to(x.device, x.dtype)  # masks of booleans and of whole numbers too
     try:
         fits = torch.broadcast_shapes(mask.shape, x.shape) == x.shape

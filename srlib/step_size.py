@@ -141,8 +141,8 @@ def grid_search_step_size(
     common : e_0 [n * n_chains, d] and eps [K, n * n_chains, d] (see `moment_matched`), the chains of an image in a row;
         None draws them from `rng`.
 
-    Raises ValueError for arguments that do not fit, and if no candidate gives a finite objective (for "example": if there
-    is an image for which none does).
+    Raises ValueError for arguments that do not fit, DivergenceError if no candidate gives a finite objective (for "example":
+    if there is an image for which none does).
     """
     tried = _stacked(candidates, posterior.x.device)
     if share not in ("all", "example") or (share == "example" and tried.ndim > 1):
@@ -154,7 +154,7 @@ def grid_search_step_size(
     judged = values if share == "example" else values.mean(1, keepdim=True)
     hopeless = (~judged.isfinite().any(0)).nonzero().flatten().tolist()
     if hopeless:
-        raise ValueError(
+        raise DivergenceError(
             f"no candidate from {tried.min():.3g} to {tried.max():.3g} gives a finite objective for "
             f"{'images ' + str(hopeless) if share == 'example' else 'all images'}; try smaller ones"
         )
@@ -190,7 +190,7 @@ def descend_step_size(
     chain diverges, be it of one image, the descent goes back to the best iterate with half the learning rate, for all images
     even where each has its own step size.
 
-    Raises ValueError for arguments that do not fit and for an `initial` where the chain diverges.
+    Raises ValueError for arguments that do not fit, DivergenceError for an `initial` where the chain diverges.
     """
     check_whole("n_iterations", n_iterations)
     check_positive("learning_rate", learning_rate)
@@ -208,7 +208,7 @@ def descend_step_size(
         value, gradient = _value_and_gradient(chains, of_chains(s), estimator, numbers)
         value = _of_images(value, n_chains)
         if not values and not value.isfinite().all():
-            raise ValueError(f"the objective is not finite at initial={initial}; start from a smaller step size")
+            raise DivergenceError(f"the objective is not finite at initial={initial}; start from a smaller step size")
         values.append(value)
         if not gradient.isfinite().all():
             log_s.data.copy_(best)

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from . import distributed
 from .data import to_unit_range
-from .generators import Generator, check_positive, check_whole
+from .generators import Generator, check_whole
+from .posterior import check_sigma
 
 Source = Literal["prior", "aggregate"]
 
@@ -96,16 +97,17 @@ class System(nn.Module):
     def as_input(self, images: Tensor) -> Tensor:
         """images as floats in [-1, 1] where the parameters are and with their dtype; uint8 is scaled, floats are kept.
 
-        Raises ValueError for other whole numbers, and for floats so far outside [-1, 1] that they were never scaled.
+        Raises ValueError for other whole numbers, for floats so far outside [-1, 1] that they were never scaled, and for those
+        that are no numbers.
         """
         parameter = next(self.parameters())
         images = images.to(parameter.device)
         if not images.is_floating_point():
             return to_unit_range(images).to(parameter.dtype)
-        if not images.is_meta and images.numel() and images.abs().max() > UNSCALED:
-            raise ValueError(
-                f"images reach {images.abs().max():.3g}; scale them to [-1, 1] (uint8 images are scaled here)"
-            )
+        if not images.is_meta and images.numel() and not (reach := images.abs().max()) <= UNSCALED:
+            if not reach.isfinite():
+                raise ValueError("images hold NaN or infinite pixels; replace them or leave these images out")
+            raise ValueError(f"images reach {reach:.3g}; scale them to [-1, 1] (uint8 images are scaled here)")
         return images.to(parameter.dtype)
 
 
@@ -135,8 +137,8 @@ class NoisySystem(System):
         super().__init__(generator)
         self.sigma, self.sigma_start = sigma, sigma if sigma_start is None else sigma_start
         self.anneal_fraction = anneal_fraction
-        check_positive("sigma", sigma)
-        check_positive("sigma_start", self.sigma_start)
+        for name in ("sigma", "sigma_start"):
+            check_sigma(name, getattr(self, name), next(generator.parameters()).dtype)
         if sigma > self.sigma_start:
             raise ValueError(f"sigma={sigma} must not be above sigma_start={self.sigma_start}")
         check_fraction("anneal_fraction", anneal_fraction)

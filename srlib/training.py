@@ -27,11 +27,16 @@ from tqdm import tqdm
 
 from . import checkpoints, distributed, provenance
 from .generators import check_whole
-from .system import System
+from .system import System, in_batches
 
 History = dict[str, list[float]]
 State = tuple[dict[str, Tensor], dict[str, Any]]  # tensors, and the rest: what a training goes on from
 
+LARGEST_RATE = 1e6
+MOMENTS = {  # what an optimizer knows of each parameter
+    torch.optim.Adam: ("step", "exp_avg", "exp_avg_sq"),
+    torch.optim.Adamax: ("step", "exp_avg", "exp_inf"),
+}
 # How much work a kill may cost.
 SECONDS_BETWEEN_SAVES = 60.0
 
@@ -62,8 +67,10 @@ class TrainingPlan:
         for name in ("learning_rates", "betas", "snapshots"):
             if not isinstance(getattr(self, name), (tuple, list)):
                 raise ValueError(f"{name}={getattr(self, name)!r} must be a tuple of numbers")
-        if not self.learning_rates or any(not 0 < rate < math.inf for rate in self.learning_rates):
-            raise ValueError(f"learning_rates={self.learning_rates} must be one or more positive numbers")
+        if not self.learning_rates or any(not 0 < rate <= LARGEST_RATE for rate in self.learning_rates):
+            raise ValueError(
+                f"learning_rates={self.learning_rates} must be one or more positive numbers, at most {LARGEST_RATE:g}"
+            )
         if len(self.betas) != 2 or any(not 0 <= beta < 1 for beta in self.betas):
             raise ValueError(f"betas={self.betas} must be two numbers in [0, 1)")
         for t in self.snapshots:
@@ -97,6 +104,19 @@ def training_seconds(directory: Path | str) -> float:
     return checkpoints.load(resume_file(directory))[1]["seconds"]
 
 
+def check_training(system: System, images: Tensor, plan: TrainingPlan) -> None:
+    """Raises ValueError for a plan or for images [n, C, H, W] that `system` cannot be trained with: now, not in a later batch."""
+    if not isinstance(plan, TrainingPlan):
+        raise ValueError(f"plan is a {type(plan).__name__}; give a srlib.TrainingPlan")
+    batches = in_batches(images, 1000)
+    if tuple(images.shape[1:]) != tuple(system.generator.image_shape):
+        raise ValueError(
+            f"images have shape {tuple(images.shape)}, the generator makes [n, {', '.join(map(str, system.generator.image_shape))}]"
+        )
+    for batch in batches if images.dtype != torch.uint8 else batches[:1]:
+        system.as_input(batch)
+
+
 class Batch(NamedTuple):
     t: int  # number of the update, from 0
     x: Tensor  # images [m, C, H, W] in [-1, 1]; of several processes each has its share of them
@@ -116,7 +136,8 @@ class TrainingLoop:
     own : tensors that belong to the training and not to the system, by name, with a row for each training image (chains,
         codes), of which an update changes those of its batch. Resuming brings them back in place.
 
-    Raises ValueError for images that are none, and for batches that do not divide by the number of processes.
+    Raises ValueError for images that are none, and for batches that do not divide by the number of processes; CheckpointError
+    for a `resume_file` that is damaged or belongs to another training.
     """
 
     system: System
@@ -132,8 +153,7 @@ class TrainingLoop:
     seconds: float = field(default=0.0, init=False)
 
     def __post_init__(self) -> None:
-        if len(self.images) < 1:
-            raise ValueError("there are no training images")
+        check_training(self.system, self.images, self.plan)
         self.optimizer = self.optimizer_type(
             self.system.parameters(), lr=self.plan.learning_rate(0), betas=self.plan.betas
         )
@@ -256,15 +276,44 @@ class TrainingLoop:
         checkpoints.save(resume_file(self.directory), tensors, {"identity": self._identity, **progress})
 
     def _saved(self) -> State:
-        tensors, saved = checkpoints.load(resume_file(self.directory))
-        then, now = saved.get("identity", {}), self._identity
-        different = [name for name in now if then.get(name) != now[name]]
+        path = resume_file(self.directory)
+        tensors, saved = checkpoints.load(path)
+        then, now = saved.get("identity"), self._identity
+        different = [name for name in now if not isinstance(then, dict) or then.get(name) != now[name]]
         if different:
             raise checkpoints.CheckpointError(
-                f"{resume_file(self.directory)} belongs to another training, its {' and '.join(different)} differ; remove it "
-                "to start anew"
+                f"{path} belongs to another training, its {' and '.join(different)} differ; remove it to start anew"
             )
+        if damaged := self._unfit(tensors, saved):
+            raise checkpoints.CheckpointError(f"{path} is damaged: {damaged}; remove it to start anew")
         return tensors, saved
+
+    def _unfit(self, tensors: dict[str, Tensor], progress: dict[str, Any]) -> str | None:
+        """What in a state is none that this training can have been in; None where all is as it must be."""
+        t, seconds, history = (progress.get(name) for name in ("t", "seconds", "history"))
+        if not isinstance(t, int) or not 0 <= t <= self.plan.n_updates:
+            return f"t={t!r} is no number of updates of {self.plan.n_updates}"
+        if not isinstance(seconds, (int, float)) or not seconds >= 0:
+            return f"seconds={seconds!r} is no time"
+        lists = list(history.values()) if isinstance(history, dict) else [None]
+        if not all(isinstance(v, list) and all(isinstance(x, (int, float)) for x in v) for v in lists):
+            return "its history is none"
+        if len(history.get("loss", [])) != t:
+            return f"its history has {len(history.get('loss', []))} losses after {t} updates"
+        order = tensors.get("order", torch.empty(0))
+        if order.dtype != torch.int64 or order.ndim != 1 or not ((order >= 0) & (order < len(self.images))).all():
+            return "its order of the images is none"
+        wanted = {name: (value.shape, value.dtype) for name, value in self._state()[0].items()} | {
+            f"adam.{i}.{moment}": (torch.Size(), torch.float32) if moment == "step" else (p.shape, p.dtype)
+            for i, p in enumerate(self.system.parameters())
+            for moment in MOMENTS[self.optimizer_type]
+            if f"adam.{i}.step" in tensors  # a parameter that has had no gradient has none
+        }
+        if t > 0 and "adam.0.step" not in tensors:
+            return "the moments of the optimizer are missing"
+        found = {name: (value.shape, value.dtype) for name, value in tensors.items()}
+        names = [name for name in sorted({*found, *wanted} - {"order"}) if found.get(name) != wanted.get(name)]
+        return f"{', '.join(names[:3])} missing, of no use, or of another shape or type" if names else None
 
     def _restore(self, tensors: dict[str, Tensor], progress: dict[str, Any]) -> None:
         self.system.load_state_dict(

@@ -1,6 +1,7 @@
 """Files that are either whole or refused."""
 
 import json
+import stat
 
 import pytest
 import torch
@@ -33,6 +34,80 @@ def test_damaged_and_foreign_files_are_refused(tmp_path):
         path.write_bytes(damaged)
         with pytest.raises(CheckpointError, match="x.safetensors"):
             checkpoints.load(path)
+
+
+def test_what_is_renamed_is_on_the_disk_before(tmp_path, monkeypatch):
+    """A power cut leaves the old file or the new one: the content is flushed, then renamed, then the folder is flushed."""
+    done, replace, fsync = [], checkpoints.os.replace, checkpoints.os.fsync
+
+    def flushed(descriptor):
+        done.append("folder" if stat.S_ISDIR(checkpoints.os.fstat(descriptor).st_mode) else "file")
+        fsync(descriptor)
+
+    monkeypatch.setattr(checkpoints.os, "fsync", flushed)
+    monkeypatch.setattr(checkpoints.os, "replace", lambda *paths: (done.append("rename"), replace(*paths)))
+    checkpoints.atomic_write(tmp_path / "x", b"content")
+    assert done == ["file", "rename", "folder"]
+
+
+def test_a_changed_tensor_is_seen(tmp_path):
+    path = tmp_path / "x.safetensors"
+    checkpoints.save(path, {"a": torch.zeros(3), "b": torch.ones(2, 2).bfloat16(), "c": torch.zeros(0)}, {"t": 1})
+    whole = bytearray(path.read_bytes())
+    checkpoints.load(path)
+    whole[-1] ^= 1
+    path.write_bytes(whole)
+    with pytest.raises(CheckpointError, match="x.safetensors was changed"):
+        checkpoints.load(path)
+
+
+def test_tensors_that_share_their_memory_are_saved(tmp_path):
+    a = torch.arange(6.0)
+    checkpoints.save(tmp_path / "x.safetensors", {"a": a, "b": a[:3], "c": a}, {})
+    assert checkpoints.load(tmp_path / "x.safetensors")[0]["b"].tolist() == [0, 1, 2]
+    with pytest.raises(CheckpointError, match="cannot be written as JSON"):
+        checkpoints.save(tmp_path / "y.safetensors", {"a": a}, {"t": a})
+
+
+def test_what_cannot_be_read_is_not_called_damaged(tmp_path, monkeypatch):
+    """The advice to delete a file is for one that was read; a folder stands for every error of the system."""
+    for name, read in (("x.json", checkpoints.read_json), ("x.safetensors", checkpoints.load)):
+        (tmp_path / name).mkdir()
+        with pytest.raises(IsADirectoryError):
+            read(tmp_path / name)
+        with pytest.raises(CheckpointError, match="there is no"):
+            read(tmp_path / "nowhere" / name)
+    monkeypatch.setattr(checkpoints, "LARGEST_JSON", 10)
+    checkpoints.write_json(tmp_path / "y.json", {"a": 1})
+    with pytest.raises(CheckpointError, match="y.json is longer than 10 bytes"):
+        checkpoints.read_json(tmp_path / "y.json")
+
+
+def test_a_lock_is_held_by_one_and_ends_with_it(tmp_path, monkeypatch):
+    for path in (tmp_path, tmp_path / "new" / "x.lock"):
+        for _ in range(2):
+            with (
+                checkpoints.locked(path, "busy"),
+                pytest.raises(CheckpointError, match="busy; wait"),
+                checkpoints.locked(path, "busy"),
+            ):
+                pass
+    assert not [*(tmp_path).glob("*.lock")]
+
+    def no_locks(*_):
+        raise OSError(37, "No locks available")
+
+    monkeypatch.setattr("fcntl.flock", no_locks)  # a disk that has none
+    with checkpoints.locked(tmp_path, "busy"):
+        pass
+
+
+def test_numbers_without_end_are_refused_before_they_are_read(tmp_path):
+    path = tmp_path / "x.yaml"
+    for text in ("1:" * 300_000 + "1", "0x" + "f" * 5000, "9" * 5000, "1." + "0" * 5000):
+        path.write_text(f"seed: {text}\n")
+        with pytest.raises(CheckpointError, match=r"x.yaml .*a number of \d+ characters"):
+            checkpoints.read_yaml(path)
 
 
 def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):

@@ -172,7 +172,7 @@ def test_a_run_without_its_weights_is_current_and_says_so_to_who_needs_them(few_
         assert experiment.is_current(output, config) and not experiment.has_weights(output)
         assert not experiment.training_stands(output, config)
         with pytest.raises(CheckpointError, match=f"{name} .*PROFILE=quick ONLY=tiny-seed0"):
-            experiment.load_run(output, snapshot=2)
+            experiment.load_run(output, snapshot=2 if "snapshot" in name else None)
     again = experiment.run(config, output, progress=False)
     assert experiment.has_weights(output) and again["files"] == metrics["files"]
     (output / "model.safetensors").unlink()

@@ -301,8 +301,8 @@ def test_a_job_is_executed_by_one_process(project, without_kernels):
     root, _ = project
     profile = pipeline.load_profile("quick", root=root)
     with (
-        pipeline.locked(profile.folder / "logs" / "alone.lock", "busy"),
-        pytest.raises(pipeline.PipelineError, match="alone is being executed by another process"),
+        checkpoints.locked(profile.folder / "logs" / "alone.lock", "busy"),
+        pytest.raises(checkpoints.CheckpointError, match="alone is being executed by another process"),
     ):
         pipeline.execute(profile.jobs["alone"], profile)
     pipeline.execute(profile.jobs["alone"], profile)
@@ -557,12 +557,102 @@ def test_what_reads_a_run_that_is_trained_again_for_its_weights_may_need_others(
     assert [job.name for job in found] == ["tiny-seed0", "shared-seed0", "reader"]
 
 
+def test_a_training_begun_by_hand_is_gone_on_with(project, without_kernels):
+    """Only the run itself can say whether it fits; what is begun is never removed unsaid."""
+    root, _ = project
+    folder = root / "papermill_runs" / "quick" / "tiny-seed0"
+    folder.mkdir(parents=True)
+    (folder / "training.safetensors").write_text("begun")
+    profile, found = pipeline.load_profile("quick", root=root), []
+    (root / "papermill_runs" / "train.md").write_text(
+        forks.NOTEBOOK.format(
+            title="Run", parameters='config = {}\noutput = ""',
+            code=f"from pathlib import Path\nassert (Path(output) / 'training.safetensors').read_text() == 'begun'\n{RUN}",
+        )
+    )  # fmt: skip
+    with (
+        checkpoints.locked(folder, "by hand"),
+        pytest.raises(checkpoints.CheckpointError, match="another process trains"),
+    ):
+        pipeline.execute(profile.jobs["tiny-seed0"], profile)
+    pipeline.execute(profile.jobs["tiny-seed0"], profile)
+    assert pipeline.up_to_date(profile.jobs["tiny-seed0"], profile), found
+
+
+def test_results_that_cannot_be_read_are_kept(project, without_kernels, monkeypatch):
+    """An error of the disk is no reason to think that nothing is there."""
+    root, _ = project
+    execute_all(root)
+    profile, read = pipeline.load_profile("quick", root=root), checkpoints.read_json
+    job = profile.jobs["tiny-seed0"]
+
+    def fail(path):
+        if Path(path).name == "metrics.json":
+            raise PermissionError(13, "Permission denied", str(path))
+        return read(path)
+
+    monkeypatch.setattr(checkpoints, "read_json", fail)
+    assert not pipeline.up_to_date(job, profile)
+    with pytest.raises(PermissionError, match="metrics.json"):
+        pipeline.execute(job, profile)
+    monkeypatch.undo()
+    assert (job.output.parent / "model.safetensors").exists() and pipeline.up_to_date(job, profile)
+
+
+@pytest.mark.parametrize("name", ["diverged.json", "not_run.json", "job.json"])
+@pytest.mark.parametrize("content", ["{", "sealed"])
+def test_a_damaged_record_costs_its_own_run_alone(project, run_all, name, content):
+    root, _ = project
+    run_all()
+    path = root / "papermill_runs" / "quick" / "tiny-seed0" / name
+    path.write_text(content)
+    if content == "sealed":
+        checkpoints.write_json(path, {"seconds": "long"})
+    status, told = run_all()
+    assert status == 0, told
+    profile = pipeline.load_profile("quick", root=root)
+    assert pipeline.up_to_date(profile.jobs["tiny-seed0"], profile)
+
+
+HOSTILE = "a` {download}`/etc/hostname` [x](javascript:alert(1)) <script> | b\nc"
+
+
+def test_what_stood_in_a_file_of_others_is_shown_as_text(project):
+    root, _ = project
+    job = pipeline.load_profile("quick", root=root).jobs["tiny-seed0"]
+    metrics = {
+        "scores": {"mse": 0.1, "mse_standard_error": 0.01, "n_images": 5, "split": HOSTILE},
+        "config": {"dataset": HOSTILE, "n_updates": 3, "seed": 0},
+        "data": {"fingerprint": HOSTILE},
+        "source_hash": HOSTILE,
+        "seconds": {"training": 1.0},
+        "environment": {"processor": HOSTILE, "torch": HOSTILE},
+        "peak_memory": None,
+    }
+    rows = pipeline._rows(job, pipeline.load_profile("quick", root=root), metrics)
+    for row, columns in zip(rows, (7, 7), strict=True):
+        assert row.count("|") == columns + 1 and "\n" not in row
+        assert not any(sign in row.replace(f"[{job.name}](runs/{job.name})", "") for sign in ("<", "{", "["))
+        assert row.count("`") in (0, 4)
+    with pytest.raises(KeyError):
+        pipeline._rows(job, pipeline.load_profile("quick", root=root), {"scores": {}})
+
+
+@pytest.mark.parametrize("seconds", [-5, float("nan"), float("inf"), "long", True])
+def test_an_estimate_is_a_time(project, seconds):
+    root, matrix = project
+    matrix["runs"][0]["seconds"] = seconds
+    write_matrix(root, matrix)
+    with pytest.raises(pipeline.PipelineError, match="seconds: .* must be a number from 0 on"):
+        pipeline.load_profile("quick", root=root)
+
+
 def test_two_at_once_get_a_clear_message(project, run_all):
     root, _ = project
     for lock, command, message in [
         ("papermill_runs/quick/.lock", "run", "another run-all of the profile quick is at work"),
         ("book/_build/quick/.lock", "book", "the book of the profile quick is being built by another process"),
     ]:
-        with pipeline.locked(root / lock, "it is held"):
+        with checkpoints.locked(root / lock, "it is held"):
             status, told = run_all(command=command)
         assert status == 1 and message in told

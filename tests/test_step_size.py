@@ -489,18 +489,12 @@ def test_the_callers_generator_and_torchs_random_state_are_left_alone(linear_pos
             lambda p: srlib.grid_search_step_size(p, [1e-3, torch.ones(25, 1, 1)]),
             r"candidates have shapes \[\(\), \(25, 1, 1\)\]; take numbers only, or",
         ),
-        (
-            lambda p: srlib.grid_search_step_size(mixed_posterior(), [0.01, 0.02], 8, share="example"),
-            r"from 0.01 to 0.02 gives a finite objective for images \[0\]; try smaller ones",
-        ),
-        (lambda p: srlib.grid_search_step_size(p, [9.0, 10.0], 50), "from 9 to 10 gives .*; try smaller ones"),
         (lambda p: srlib.grid_search_step_size(p, [1e-3], share="step"), "share='step'"),
         (lambda p: srlib.grid_search_step_size(p, [torch.ones(25, 1, 1)], share="example"), "share='example'"),
         (lambda p: srlib.grid_search_step_size(p, [1e-3], estimator="x"), "estimator='x' is unknown"),
         (lambda p: srlib.descend_step_size(p, 1e-3, share="image"), "share='image' is unknown; there are: all, step"),
         (lambda p: srlib.descend_step_size(p, 0.0), "initial=0.0 must be positive"),
         (lambda p: srlib.descend_step_size(p, math.nan), "initial=nan must be positive"),
-        (lambda p: srlib.descend_step_size(p, 10.0, 50), "not finite at initial=10.0; start from a smaller"),
         (lambda p: srlib.descend_step_size(p, torch.ones(7), share="step"), r"initial has shape \(7,\)"),
         (lambda p: srlib.descend_step_size(p, 1e-3, 2.5, "step"), "n_steps=2.5 must be a whole number"),
         (lambda p: srlib.descend_step_size(p, 1e-3 * torch.arange(1, 4), share="layer"), r"initial has shape \(3,\)"),
@@ -560,6 +554,22 @@ def test_the_callers_generator_and_torchs_random_state_are_left_alone(linear_pos
 )
 def test_messages_name_the_value_and_the_remedy(linear_posterior, call, message):
     with pytest.raises(ValueError, match=message):
+        call(linear_posterior(2))
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (
+            lambda p: srlib.grid_search_step_size(mixed_posterior(), [0.01, 0.02], 8, share="example"),
+            r"from 0.01 to 0.02 gives a finite objective for images \[0\]; try smaller ones",
+        ),
+        (lambda p: srlib.grid_search_step_size(p, [9.0, 10.0], 50), "from 9 to 10 gives .*; try smaller ones"),
+        (lambda p: srlib.descend_step_size(p, 10.0, 50), "not finite at initial=10.0; start from a smaller"),
+    ],
+)
+def test_step_sizes_that_are_all_too_large_are_a_divergence(linear_posterior, call, message):
+    with pytest.raises(srlib.DivergenceError, match=message):
         call(linear_posterior(2))
 
 
@@ -709,3 +719,17 @@ def test_a_killed_training_that_chooses_s_resumes_with_the_same_bits(images, tmp
     for name in history.keys() - {"search_seconds"}:
         assert continued[name] == history[name]
     assert all(torch.equal(v, w) for v, w in zip(whole.state_dict().values(), resumed.state_dict().values()))
+
+
+def test_a_search_that_finds_no_step_size_is_a_divergence_of_its_update(images):
+    """As a result it is recorded, unlike a mistake in the arguments."""
+
+    def search(*_):
+        raise srlib.DivergenceError("no candidate")
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        generator = srlib.TopDownGenerator((2,), (1, 16, 16), 2, 8)
+    system = srlib.ShortRun(generator, n_steps=2, step_size=1e-3, sigma=0.5, update_step_size=search, every=2)
+    with pytest.raises(srlib.DivergenceError, match="update 1: the search of the step size failed: no candidate"):
+        system.fit(images, srlib.TrainingPlan(2, 4), seeded(), progress=False)

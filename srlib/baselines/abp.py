@@ -28,7 +28,7 @@ from ..generators import Generator, check_whole, given_or_fresh
 from ..inner_loop import Precision
 from ..learning import ShortRun
 from ..posterior import Posterior
-from ..training import History, TrainingPlan
+from ..training import History, TrainingPlan, check_training
 from ._options import checked_options
 
 if TYPE_CHECKING:
@@ -76,8 +76,9 @@ class ABP(ShortRun):
 
         The chains [n, d] belong to the training (`own.chains` in its `resume_file`) and are not part of the system.
         """
+        check_training(self, images, plan)
         rng = given_or_fresh(rng)
-        chains = self.generator.sample_prior(max(1, len(images)), rng)
+        chains = self.generator.sample_prior(len(images), rng)
         return self._learn(images, plan, rng, directory, progress, chains)
 
     def infer(self, x: Tensor, mask: Tensor | None = None, rng: torch.Generator | None = None) -> Tensor:

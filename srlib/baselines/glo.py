@@ -28,7 +28,7 @@ from torch import Tensor
 from ..generators import Generator, check_positive, check_whole, given_or_fresh, randn_like
 from ..posterior import Posterior, frozen
 from ..system import Source, System
-from ..training import History, TrainingLoop, TrainingPlan
+from ..training import History, TrainingLoop, TrainingPlan, check_training
 from ._options import checked_options
 
 if TYPE_CHECKING:
@@ -97,6 +97,7 @@ class GLO(System):
         code_norm, the mean of |z| over the batch. The latents [n, d] belong to the training (`own.latents` in its
         `resume_file`); what the system keeps of them is their Gaussian.
         """
+        check_training(self, images, plan)
         rng = given_or_fresh(rng)
         latents = self._pca_latents(images, rng)
         self._start_at_the_mean(images)

@@ -29,6 +29,7 @@ from torch.nn import functional as F
 
 from .. import distributed
 from ..generators import Generator, check_whole, given_or_fresh, uniform_like
+from ..posterior import check_finite, check_images
 from ..system import Source, System
 from ..training import History, TrainingLoop, TrainingPlan
 from ._options import checked_options
@@ -314,6 +315,8 @@ class Glow(System):
                 "mask: a flow's f(x) needs every pixel, and what hidden pixels could be is not to be had from it in closed "
                 "form; give whole images"
             )
+        check_images(self.generator, x)
+        check_finite(x)
         return self.generator.inverse(x)[0]
 
     def decode(self, e: Tensor) -> Tensor:

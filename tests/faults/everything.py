@@ -60,7 +60,7 @@ def commands(seed: int, folder: Path) -> dict[str, list[str]]:
         place.mkdir()
     return {
         "run-all": program("run_all", seed, places["run-all"]),
-        "properties": [*PYTEST, "--hypothesis-show-statistics", "tests/test_bad_input.py"],
+        "properties": [*PYTEST, f"--hypothesis-seed={seed}", "--hypothesis-show-statistics", "tests/test_bad_input.py"],
         **{f"kills {system}": program("kills", seed, system) for system in kills.OWN},
         **{f"reader {n}": program("readers", n, count, seed, places[n]) for n, count in shares().items()},
         "tests": [*PYTEST, "--collect-only", "tests"],

@@ -50,9 +50,9 @@ def config_of(system: str) -> experiment.Config:
 
 @functools.cache
 def few_digits() -> data.Dataset:
-    """Some of the digits, without labels, which no classifier can be asked about."""
+    """Some of the digits, without labels, which no classifier can be asked about; a run of `TINY` begins a second epoch."""
     digits = load("digits")
-    few = (data.Split(part.images[:n]) for part, n in ((digits.train, 40), (digits.validation, 4), (digits.test, 10)))
+    few = (data.Split(part.images[:n]) for part, n in ((digits.train, 20), (digits.validation, 4), (digits.test, 10)))
     return data.Dataset("digits", *few, digits.license, digits.redistributable)
 
 

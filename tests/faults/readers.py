@@ -20,6 +20,7 @@ import warnings
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -455,6 +456,7 @@ def fuzz(reader: Reader, count: int, seed: int, folder: Path) -> Counter[str]:
     path = folder / reader.name
     for content in seeds:
         path.write_bytes(content)
+        signal.alarm(SECONDS)
         judge(reader, path)
     for _ in range(count):
         content = seeds[int(rng.integers(0, len(seeds)))]
@@ -469,24 +471,30 @@ def fuzz(reader: Reader, count: int, seed: int, folder: Path) -> Counter[str]:
         path.write_bytes(content)
         signal.alarm(SECONDS)
         counts[judge(reader, path)] += 1
-        signal.alarm(0)
+    signal.alarm(0)
     return counts
 
 
-def limit_memory() -> None:
+@contextmanager
+def limited_memory() -> Iterator[None]:
     """At most `MEMORY` bytes of address space more than this process has now."""
+    with torch.device("meta"):
+        torch.zeros(2)  # imports what it needs
     used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
-    resource.setrlimit(resource.RLIMIT_AS, (used + MEMORY, used + MEMORY))
+    before = resource.getrlimit(resource.RLIMIT_AS)
+    resource.setrlimit(resource.RLIMIT_AS, (used + MEMORY, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, before)
 
 
 def main() -> None:
     name, count, seed, folder = sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), Path(sys.argv[4])
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
-    with torch.device("meta"):
-        torch.zeros(2)
-    limit_memory()
-    print(json.dumps(fuzz(READERS[name], count, seed, folder)))
+    with limited_memory():
+        print(json.dumps(fuzz(READERS[name], count, seed, folder)))
 
 
 if __name__ == "__main__":
