@@ -9,13 +9,14 @@ import pytest
 import torch
 
 import srlib
-from srlib import checkpoints
+from srlib import checkpoints, experiment
 
 ROOT = Path(__file__).parent.parent
 # (benchmarks/ is no package: its files import each other by name, as scripts do)
 sys.path.insert(0, str(ROOT / "benchmarks"))
-bench, costs, measuring, plain_loop, speed = map(
-    importlib.import_module, ("bench", "costs", "measuring", "plain_loop", "speed")
+sys.path.insert(0, str(ROOT / "papermill_runs"))
+bench, costs, measuring, plain_loop, same_bits, speed = map(
+    importlib.import_module, ("bench", "costs", "measuring", "plain_loop", "same_bits", "speed")
 )
 
 
@@ -89,3 +90,33 @@ def test_a_part_that_fails_leaves_the_others_and_its_last_result(tmp_path, in_th
 def test_a_measurement_that_does_not_end_is_stopped():
     with pytest.raises(TimeoutError, match=r"sleep took more than 0\.05 seconds"):
         measuring.in_child(time.sleep, 60, limit=0.05)
+
+
+def test_rows_to_be_compared_are_short_and_cover_every_system():
+    rows = [experiment.Config.from_dict(row) for row in same_bits.rows()]
+    assert {row.system for row in rows} == set(experiment.SYSTEMS)
+    assert all(row.n_updates == same_bits.N_UPDATES for row in rows)
+    assert all(row.every < row.n_updates for row in rows if row.step_size_search != "none")
+
+
+def test_a_system_with_another_bit_in_one_row_is_left_out():
+    def said(system, bits, sources):
+        return {"row": "x", "system": system, "bits": bits, "source_hash": sources, "training_hash": sources}
+
+    failed = {"row": "x", "system": "glow", "error": "diverged"}
+    old = [said("vae", "1", "a"), said("vae", "2", "a"), said("abp", "3", "a"), said("abp", "4", "a"), failed]
+    new = [said("vae", "1", "b"), said("vae", "2", "b"), said("abp", "3", "b"), said("abp", "0", "b"), failed]
+    found = same_bits.agreeing(old, new)
+    assert [*found] == ["vae"] and found["vae"]["rows"] == 2  # of glow there is nothing to tell by
+
+
+def test_a_run_of_the_compared_sources_is_marked_and_keeps_what_trained_it(tmp_path):
+    metrics = {"source_hash": "a", "training_hash": "t", "scores": {}}
+    found = {"rows": 2, "old": {"source_hash": "a", "training_hash": "t"}, "new": {"source_hash": "b", "training_hash": "u"}}  # fmt: skip
+    checkpoints.write_json(tmp_path / "metrics.json", metrics)
+    assert same_bits.mark(tmp_path, found, "c0ffee") and not same_bits.mark(tmp_path, found, "c0ffee")
+    marked = checkpoints.read_json(tmp_path / "metrics.json")
+    assert (marked["source_hash"], marked["training_hash"]) == ("b", "u")
+    assert marked["same_bits"][0] | {"date": ""} == {
+        "source_hash": "a", "training_hash": "t", "commit": "c0ffee", "rows": 2, "updates": 3, "date": "",
+    }  # fmt: skip

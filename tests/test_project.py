@@ -136,3 +136,15 @@ def test_the_readme_gives_the_minutes_that_were_measured():
     assert f"| {math.ceil(sum(seconds) / 3600)} hours of one core |" in text
     assert f"took {minutes['make setup']} minutes" in text and f"`make test` {minutes['make test']} minutes" in text
     assert f"on {record['machine']['cores']} cores of an {record['machine']['processor']}" in text
+
+
+def test_the_page_on_tests_tells_of_every_file_of_tests():
+    page = (ROOT / "book" / "tested.md").read_text()
+    told = set(re.findall(r'^    "(\w+)": "', page.split("ORACLES = {")[1].split("\n}")[0], re.M))
+    assert told == {path.stem.removeprefix("test_") for path in (ROOT / "tests").glob("test_*.py")}
+
+
+def test_what_a_chapter_reads_is_in_its_key():
+    """pipeline.key looks for the bare name of a measurement or a table: a path in one piece would not be seen."""
+    for page in (ROOT / "book").glob("*.md"):
+        assert not re.search(r'/(measured|papermill_runs)/[\w./-]+\.(json|yaml)"', page.read_text()), page.name
