@@ -23,7 +23,7 @@ import yaml
 if TYPE_CHECKING:
     from torch import Tensor
 
-METADATA_KEY, DIGEST_KEY = "srlib", "sha256"
+METADATA_KEY = "srlib"
 LARGEST_YAML = 2**20  # bytes
 LONGEST_NUMBER = 100  # characters: YAML takes time that grows with their square
 LARGEST_JSON = 2**28  # bytes: the history of some million updates
@@ -77,24 +77,28 @@ def save(path: str | os.PathLike[str], tensors: dict[str, Tensor], metadata: dic
     """Save named tensors (any device, shape and dtype) and `metadata` to the safetensors file `path`.
 
     Raises:
-        CheckpointError: JSON cannot hold `metadata`.
+        CheckpointError: JSON cannot hold `metadata`, or it has a key "checksum".
     """
     from safetensors.torch import save as to_bytes
 
     # copies: safetensors refuses tensors that share their memory
     whole = {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in tensors.items()}
+    if "checksum" in metadata:
+        raise CheckpointError(f'{path}: the key "checksum" is reserved')
     try:
-        text = json.dumps(metadata, sort_keys=True)
+        plain = json.loads(json.dumps(metadata))  # as a reader will find it
+        text = json.dumps({**plain, "checksum": _checksum(whole, plain)}, sort_keys=True)
     except (TypeError, ValueError) as error:
         raise CheckpointError(f"{path}: its metadata cannot be written as JSON ({error})") from error
-    atomic_write(path, to_bytes(whole, metadata={METADATA_KEY: text, DIGEST_KEY: _digest(whole, text)}))
+    # one entry: the order of several would differ from file to file
+    atomic_write(path, to_bytes(whole, metadata={METADATA_KEY: text}))
 
 
-def _digest(tensors: dict[str, Tensor], metadata: str) -> str:
+def _checksum(tensors: dict[str, Tensor], metadata: dict[str, Any]) -> str:
     """The sha256 of all that a checkpoint holds."""
     import torch
 
-    total = hashlib.sha256(metadata.encode())
+    total = hashlib.sha256(json.dumps(metadata, sort_keys=True).encode())
     for name, tensor in sorted(tensors.items()):
         total.update(f"\0{name} {tensor.dtype} {tuple(tensor.shape)}\0".encode())
         total.update(tensor.reshape(-1).view(torch.uint8).numpy())
@@ -114,13 +118,13 @@ def load(path: str | os.PathLike[str], device: str = "cpu") -> tuple[dict[str, T
         with open(path, "rb"):  # of what the system says safetensors makes errors of its own
             pass
         with safe_open(path, framework="pt", device="cpu") as file:
-            text = (file.metadata() or {}).get(METADATA_KEY, "null")
-            metadata = json.loads(text)
+            metadata = json.loads((file.metadata() or {}).get(METADATA_KEY, "null"))
             if not isinstance(metadata, dict):
                 raise CheckpointError(f"{path} has no srlib metadata: it was not written by srlib.checkpoints.save")
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
             # the oldest files have none
-            if file.metadata().get(DIGEST_KEY, digest := _digest(tensors, text)) != digest:
+            written = metadata.pop("checksum", None)
+            if written is not None and written != _checksum(tensors, metadata):
                 raise CheckpointError(f"{path} was changed: its checksum does not match; delete it and run again")
             return {name: tensor.to(device) for name, tensor in tensors.items()}, metadata
     except (FileNotFoundError, NotADirectoryError):

@@ -52,9 +52,13 @@ def test_what_is_renamed_is_on_the_disk_before(tmp_path, monkeypatch):
 
 def test_a_changed_tensor_is_seen(tmp_path):
     path = tmp_path / "x.safetensors"
-    checkpoints.save(path, {"a": torch.zeros(3), "b": torch.ones(2, 2).bfloat16(), "c": torch.zeros(0)}, {"t": 1})
+    tensors = {"a": torch.zeros(3), "b": torch.ones(2, 2).bfloat16(), "c": torch.zeros(0)}
+    checkpoints.save(path, tensors, {"t": (1, 2), 10: "a", 9: "b"})
     whole = bytearray(path.read_bytes())
-    checkpoints.load(path)
+    assert checkpoints.load(path)[1] == {"t": [1, 2], "10": "a", "9": "b"}
+    for _ in range(5):  # the same bits each time
+        checkpoints.save(path, tensors, {"t": (1, 2), 10: "a", 9: "b"})
+        assert path.read_bytes() == whole
     whole[-1] ^= 1
     path.write_bytes(whole)
     with pytest.raises(CheckpointError, match="x.safetensors was changed"):
