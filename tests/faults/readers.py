@@ -456,8 +456,7 @@ def fuzz(reader: Reader, count: int, seed: int, folder: Path) -> Counter[str]:
     path = folder / reader.name
     for content in seeds:
         path.write_bytes(content)
-        signal.alarm(SECONDS)
-        judge(reader, path)
+        in_time(reader, path)
     for _ in range(count):
         content = seeds[int(rng.integers(0, len(seeds)))]
         kind = rng.random()
@@ -469,10 +468,17 @@ def fuzz(reader: Reader, count: int, seed: int, folder: Path) -> Counter[str]:
         else:
             content = reader.structured(rng, content)
         path.write_bytes(content)
-        signal.alarm(SECONDS)
-        counts[judge(reader, path)] += 1
-    signal.alarm(0)
+        counts[in_time(reader, path)] += 1
     return counts
+
+
+def in_time(reader: Reader, path: Path) -> str:
+    """`judge`; without an answer the process is ended."""
+    signal.alarm(SECONDS)
+    try:
+        return judge(reader, path)
+    finally:
+        signal.alarm(0)
 
 
 @contextmanager
