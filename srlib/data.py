@@ -125,18 +125,20 @@ class Dataset:
 
 def to_unit_range(images: Tensor) -> Tensor:
     """uint8 images u as floats u / 127.5 - 1 in [-1, 1]. Raises ValueError for other dtypes."""
-    if images.dtype != torch.uint8:
-        raise ValueError(
-            f"images have dtype {images.dtype}; only uint8 images are scaled, floats are in [-1, 1] already"
-        )
+    if not isinstance(images, Tensor) or images.dtype != torch.uint8:
+        raise ValueError(f"images are {_kind(images)}; only uint8 images are scaled, floats are in [-1, 1] already")
     return images.float() / 127.5 - 1
 
 
 def to_uint8(images: Tensor) -> Tensor:
     """Floats in [-1, 1] as uint8, rounded and clipped: the inverse of `to_unit_range`. Raises ValueError for others."""
-    if not images.is_floating_point():
-        raise ValueError(f"images have dtype {images.dtype} instead of floats in [-1, 1]")
+    if not isinstance(images, Tensor) or not images.is_floating_point() or images.isnan().any():
+        raise ValueError(f"images are {_kind(images)} or hold NaN instead of floats in [-1, 1]")
     return ((images + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
+
+
+def _kind(images: object) -> str:
+    return f"of dtype {images.dtype}" if isinstance(images, Tensor) else f"a {type(images).__name__}"
 
 
 def load(name: str, root: Path | str | None = None, download: bool = False) -> Dataset:

@@ -2,12 +2,14 @@
 
 import colorsys
 import gzip
+import math
 import os
 import struct
 import subprocess
 import sys
 import tracemalloc
 import zlib
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -126,6 +128,11 @@ def test_scaling_twice_is_refused():
         data.to_unit_range(torch.zeros(2))
     with pytest.raises(ValueError, match="uint8"):
         data.to_uint8(torch.zeros(2, dtype=torch.uint8))
+    for images in (torch.tensor([0.0, math.nan]), [0.0], None):
+        with pytest.raises(ValueError, match="NaN"):
+            data.to_uint8(images)
+    with pytest.raises(ValueError, match="a list; only uint8"):
+        data.to_unit_range([1])
 
 
 # --- colour digits ------------------------------------------------------------------------------------------
@@ -645,3 +652,24 @@ def test_loading_is_deterministic_and_leaves_the_random_state(colour):
 @pytest.mark.parametrize("name", ["digits", "colour_digits"])
 def test_the_shapes_that_configurations_are_checked_with_are_those_of_the_images(name):
     assert data.load(name).image_shape == data.IMAGE_SHAPES[name] == tuple(data.load(name).test.images.shape[1:])
+
+
+def test_all_elements_of_a_mat_file_together_are_bounded(tmp_path, monkeypatch):
+    """Each alone would fit; and only the arrays that are asked for are kept."""
+    from scipy.io import savemat
+
+    path, ten = tmp_path / "train_32x32.mat", np.zeros(10**6, np.uint8)
+    images, labels = np.zeros((32, 32, 3, 2), np.uint8), np.array([[1], [10]], np.uint8)
+    savemat(path, {"a": ten, "b": ten, "X": images, "y": labels}, do_compression=True)
+    assert {name for name, _ in data._mat_arrays(path.read_bytes())} == {"X", "y"}
+    assert data._read_mat(path)[1].tolist() == [1, 0]
+    monkeypatch.setattr(data, "LARGEST_FILE", 1_500_000)
+    with pytest.raises(data.DataError, match="inflates to more than 1500000 bytes"):
+        data._read_mat(path)
+
+
+@pytest.mark.parametrize("make", [Path.mkdir, lambda path: path.symlink_to("/dev/zero")], ids=["folder", "device"])
+def test_what_is_no_file_is_not_read(make, tmp_path):
+    make(tmp_path / "train_32x32.mat")
+    with pytest.raises(data.DataError, match="train_32x32.mat is no file"):
+        data._read_mat(tmp_path / "train_32x32.mat")
