@@ -5,7 +5,8 @@
 A run is out of date as soon as a line of code has changed that it can reach, be it only that of an error message. This program
 trains each row of the `digits` matrix for a few updates with both sources, scores it, and compares weights, histories and
 scores bit for bit. The finished runs of all systems that agree are marked as current; their metrics keep, as "same_bits",
-which sources they were trained with and what was compared.
+which sources they were trained with and what was compared. What agreed stands in same_bits.json: with unchanged sources the
+program can be called again, to mark runs that have been finished since.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
+RECORD = ROOT / "benchmarks" / "same_bits.json"
 N_UPDATES = 3
 
 
@@ -77,14 +79,37 @@ def trained(sources: Path, given: Path) -> list[dict[str, Any]]:
 
 def agreeing(old: list[dict[str, Any]], new: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
     """System -> its hashes with both sources and how many rows were compared; systems with another bit in a row are left out."""
+    names = ("source_hash", "training_hash")
     systems: dict[str, dict[str, Any]] = {}
     for before, after in zip(old, new, strict=True):
         found = systems.setdefault(before["system"], {"same": True, "rows": 0})
         found["same"] &= before.get("bits", before.get("error")) == after.get("bits", after.get("error"))
         found["rows"] += 1
         if "bits" in before and "bits" in after:
-            found |= {"old": before, "new": after}
+            found |= {"old": {name: before[name] for name in names}, "new": {name: after[name] for name in names}}
     return {system: found for system, found in systems.items() if found["same"] and "old" in found}
+
+
+def compared(commit: str) -> dict[str, dict[str, Any]]:
+    """`agreeing` for the sources of `commit` and today's, from the record if that is of these."""
+    from srlib import checkpoints, experiment, provenance
+
+    record = checkpoints.read_json(RECORD) if RECORD.exists() else {}
+    today = {system: provenance.source_hash(experiment.modules(system)) for system in experiment.SYSTEMS}
+    if record.get("commit") == commit and record["today"] == today:
+        return record["systems"]
+    with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(2) as two:
+        given, older = Path(folder) / "rows.json", Path(folder) / "sources"
+        given.write_text(json.dumps(rows()))
+        _git("worktree", "add", "--detach", str(older), commit)
+        try:
+            old, new = two.map(trained, (older, ROOT), (given, given))
+        finally:
+            _git("worktree", "remove", "--force", str(older))
+    systems = agreeing(old, new)
+    about = {"commit": commit, "today": today, "updates": N_UPDATES, "date": date.today().isoformat()}
+    checkpoints.write_json(RECORD, {**about, "systems": systems, "environment": provenance.environment()})
+    return systems
 
 
 def mark(folder: Path, found: dict[str, Any], commit: str) -> bool:
@@ -95,10 +120,9 @@ def mark(folder: Path, found: dict[str, Any], commit: str) -> bool:
     old, new = found["old"], found["new"]
     if metrics["training_hash"] != old["training_hash"] or metrics["source_hash"] != old["source_hash"]:
         return False
-    compared = {"commit": commit, "rows": found["rows"], "updates": N_UPDATES, "date": date.today().isoformat()}
-    hashes = {name: metrics[name] for name in ("source_hash", "training_hash")}
-    metrics["same_bits"] = [*metrics.get("same_bits", []), {**hashes, **compared}]
-    metrics |= {name: new[name] for name in hashes}
+    about = {"commit": commit, "rows": found["rows"], "updates": N_UPDATES, "date": date.today().isoformat()}
+    metrics["same_bits"] = [*metrics.get("same_bits", []), {**old, **about}]
+    metrics |= new
     metrics.pop("checksum")
     checkpoints.write_json(folder / "metrics.json", metrics)
     return True
@@ -108,19 +132,11 @@ def main(commit: str) -> int:
     sys.path.insert(0, str(ROOT / "papermill_runs"))
     import pipeline
 
-    from srlib import checkpoints
+    from srlib import checkpoints, experiment
 
     name = _git("rev-parse", commit)
-    with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(2) as two:
-        given, older = Path(folder) / "rows.json", Path(folder) / "sources"
-        given.write_text(json.dumps(rows()))
-        _git("worktree", "add", "--detach", str(older), name)
-        try:
-            old, new = two.map(trained, (older, ROOT), (given, given))
-        finally:
-            _git("worktree", "remove", "--force", str(older))
-    same = agreeing(old, new)
-    for system in dict.fromkeys(row["system"] for row in old):
+    same = compared(name)
+    for system in experiment.SYSTEMS:
         told = f"{same[system]['rows']} rows agree in every bit" if system in same else "OTHER BITS"
         print(f"{system}: {told}")
     marked = []
@@ -136,7 +152,7 @@ def main(commit: str) -> int:
                 checkpoints.write_json(job.result, {**result, "key": pipeline.key(job, profile)})
                 marked.append(job.name)
     print(f"{len(marked)} runs of {name[:12]} are marked as current")
-    return 0 if len(same) == len({row["system"] for row in old}) else 1
+    return 0 if same.keys() == experiment.SYSTEMS.keys() else 1
 
 
 def _git(*arguments: str) -> str:
