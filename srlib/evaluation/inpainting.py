@@ -69,7 +69,9 @@ def inpaintings(
     """
     check_whole("n_draws", n_draws)
     check_tensor("mask", mask)
-    posterior = Posterior(system.generator, system.as_input(images), 1.0, mask)  # checks that all fits; hides
+    shown = system.as_input(images.nan_to_num())
+    shown = shown.masked_fill(images.isnan().to(shown.device), torch.nan)
+    posterior = Posterior(system.generator, shown, 1.0, mask)  # checks that all fits; hides
     x, observed = posterior.x, posterior.mask.expand_as(posterior.x)
     rng = given_or_fresh(rng)
     batches = zip(*(t.repeat(n_draws, 1, 1, 1).split(BATCH) for t in (x, observed)))
