@@ -1,5 +1,6 @@
 """The short form of the fault tests: `make fault-test` kills every system at every moment and damages a hundred thousand files."""
 
+import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -78,3 +79,16 @@ def test_every_program_of_the_long_form_has_its_command(tmp_path):
     assert {name.removeprefix("reader ") for name in work if name.startswith("reader ")} == set(readers.READERS)
     assert sum(everything.shares().values()) >= 100_000
     assert all(Path(command[1]).exists() for command in work.values() if command[1] != "-m")
+
+
+def test_the_choices_of_arguments_are_counted(tmp_path):
+    """By what Hypothesis says today: an earlier version said it otherwise, and nothing was counted."""
+    (tmp_path / "test_x.py").write_text(
+        "from hypothesis import given, settings, strategies as st\n"
+        "@settings(max_examples=7)\n@given(st.integers())\ndef test_a(n): pass\ndef test_b(): pass\n"
+    )
+    command = [*everything.PYTEST, "--hypothesis-show-statistics", "--rootdir", str(tmp_path), str(tmp_path)]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert everything.arguments(done.stdout) == {"properties": 2, "examples": 7}
+    with pytest.raises(ValueError, match="has not told"):
+        everything.arguments("2 passed")

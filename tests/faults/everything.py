@@ -88,12 +88,17 @@ def counts(done: dict[str, Ended]) -> dict[str, Any]:
         "kills": {name.removeprefix("kills "): c[name.removeprefix("kills ")] for name, c in last.items() if "kills" in name},
         "run_all": last["run-all"],
         "readers": {name.removeprefix("reader "): c for name, c in last.items() if name.startswith("reader ")},
-        "properties": {
-            "properties": int(re.findall(r"(\d+) passed", said["properties"])[0]),
-            "examples": sum(map(int, re.findall(r"(\d+) passing examples", said["properties"]))),
-        },
+        "properties": arguments(said["properties"]),
         "tests": dict(sorted(tests.items())),
     }  # fmt: skip
+
+
+def arguments(said: str) -> dict[str, int]:
+    """How many properties there are, and how many choices of arguments, by the words of pytest and of Hypothesis."""
+    passed, examples = re.findall(r"(\d+) passed", said), re.findall(r"- (\d+) passing", said)
+    if not passed or len(examples) < int(passed[-1]) - 1:  # one test is about the list of functions
+        raise ValueError(f"Hypothesis has not told how many examples it tried:\n{said[-2000:]}")
+    return {"properties": int(passed[-1]), "examples": sum(map(int, examples))}
 
 
 def summary(found: dict[str, Any], seconds: float) -> str:
