@@ -16,11 +16,14 @@ import os
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from datetime import date
 from pathlib import Path
 from typing import Any
+
+from srlib import checkpoints, experiment, provenance
 
 ROOT = Path(__file__).resolve().parent.parent
 RECORD = ROOT / "benchmarks" / "same_bits.json"
@@ -33,21 +36,17 @@ def shortened(config: dict[str, Any]) -> dict[str, Any]:
     return {**config, **search, "n_updates": N_UPDATES, "snapshots": [], "n_samples": sum(config["latent_dims"]) + 100}
 
 
-def rows() -> list[dict[str, Any]]:
-    """The rows of the matrix, shortened; those that are then the same but for name and seed are one."""
-    import pipeline
-
+def rows(configs: Iterable[experiment.Config]) -> list[dict[str, Any]]:
+    """The rows of a matrix, shortened; those that are then the same but for name and seed are one."""
     different: dict[str, dict[str, Any]] = {}
-    for job in pipeline.load_profile("digits").runs:
-        row = shortened(json.loads(json.dumps(asdict(job.config))))
+    for config in configs:
+        row = shortened(json.loads(json.dumps(asdict(config))))
         different.setdefault(json.dumps({**row, "name": "", "seed": 0}), row)
     return list(different.values())
 
 
 def train(given: Path) -> None:
     """In a process of its own: train the rows in the file `given`, with the sources that Python finds; a line for each row."""
-    from srlib import checkpoints, experiment
-
     if not Path(experiment.__file__).is_relative_to(Path.cwd()):
         raise RuntimeError(f"{experiment.__file__} is not of the sources in {Path.cwd()}")
     for row in json.loads(given.read_text()):
@@ -90,17 +89,15 @@ def agreeing(old: list[dict[str, Any]], new: list[dict[str, Any]]) -> dict[str, 
     return {system: found for system, found in systems.items() if found["same"] and "old" in found}
 
 
-def compared(commit: str) -> dict[str, dict[str, Any]]:
+def compared(commit: str, configs: Iterable[experiment.Config]) -> dict[str, dict[str, Any]]:
     """`agreeing` for the sources of `commit` and today's, from the record if that is of these."""
-    from srlib import checkpoints, experiment, provenance
-
     record = checkpoints.read_json(RECORD) if RECORD.exists() else {}
     today = {system: provenance.source_hash(experiment.modules(system)) for system in experiment.SYSTEMS}
     if record.get("commit") == commit and record["today"] == today:
         return record["systems"]
     with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(2) as two:
         given, older = Path(folder) / "rows.json", Path(folder) / "sources"
-        given.write_text(json.dumps(rows()))
+        given.write_text(json.dumps(rows(configs)))
         _git("worktree", "add", "--detach", str(older), commit)
         try:
             old, new = two.map(trained, (older, ROOT), (given, given))
@@ -114,8 +111,6 @@ def compared(commit: str) -> dict[str, dict[str, Any]]:
 
 def mark(folder: Path, found: dict[str, Any], commit: str) -> bool:
     """Make the run in `folder` count as one of today's sources if it is one of those of `commit`; whether it was."""
-    from srlib import checkpoints
-
     metrics = checkpoints.read_json(folder / "metrics.json")
     old, new = found["old"], found["new"]
     if metrics["training_hash"] != old["training_hash"] or metrics["source_hash"] != old["source_hash"]:
@@ -130,17 +125,16 @@ def mark(folder: Path, found: dict[str, Any], commit: str) -> bool:
 
 def main(commit: str) -> int:
     sys.path.insert(0, str(ROOT / "papermill_runs"))
-    import pipeline
+    import pipeline  # not in the processes of `train`, whose sources may be others
 
-    from srlib import checkpoints, experiment
-
+    profiles = [pipeline.load_profile(name) for name in ("digits", "reference")]
     name = _git("rev-parse", commit)
-    same = compared(name)
+    same = compared(name, [job.config for job in profiles[0].runs])
     for system in experiment.SYSTEMS:
         told = f"{same[system]['rows']} rows agree in every bit" if system in same else "OTHER BITS"
         print(f"{system}: {told}")
     marked = []
-    for profile in map(pipeline.load_profile, ("digits", "reference")):
+    for profile in profiles:
         for job in profile.runs:
             metrics = job.output.with_name("metrics.json")
             if job.config.system not in same or not (metrics.exists() and job.result.exists()):

@@ -93,7 +93,8 @@ def test_a_measurement_that_does_not_end_is_stopped():
 
 
 def test_rows_to_be_compared_are_short_and_cover_every_system():
-    rows = [experiment.Config.from_dict(row) for row in same_bits.rows()]
+    configs = [job.config for job in importlib.import_module("pipeline").load_profile("digits").runs]
+    rows = [experiment.Config.from_dict(row) for row in same_bits.rows(configs)]
     assert {row.system for row in rows} == set(experiment.SYSTEMS)
     assert all(row.n_updates == same_bits.N_UPDATES for row in rows)
     assert all(row.every < row.n_updates for row in rows if row.step_size_search != "none")

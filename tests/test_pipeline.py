@@ -563,7 +563,7 @@ def test_a_training_begun_by_hand_is_gone_on_with(project, without_kernels):
     folder = root / "papermill_runs" / "quick" / "tiny-seed0"
     folder.mkdir(parents=True)
     (folder / "training.safetensors").write_text("begun")
-    profile, found = pipeline.load_profile("quick", root=root), []
+    profile = pipeline.load_profile("quick", root=root)
     (root / "papermill_runs" / "train.md").write_text(
         forks.NOTEBOOK.format(
             title="Run", parameters='config = {}\noutput = ""',
@@ -576,7 +576,7 @@ def test_a_training_begun_by_hand_is_gone_on_with(project, without_kernels):
     ):
         pipeline.execute(profile.jobs["tiny-seed0"], profile)
     pipeline.execute(profile.jobs["tiny-seed0"], profile)
-    assert pipeline.up_to_date(profile.jobs["tiny-seed0"], profile), found
+    assert pipeline.up_to_date(profile.jobs["tiny-seed0"], profile)
 
 
 def test_results_that_cannot_be_read_are_kept(project, without_kernels, monkeypatch):
