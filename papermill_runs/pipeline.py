@@ -39,6 +39,7 @@ import nbformat
 import yaml
 
 from srlib import checkpoints, data, experiment, provenance, training
+from srlib.comparison import PLUS_MINUS
 
 ROOT = Path(__file__).resolve().parent.parent
 THEBE = re.compile(r"<script[^>]*>[^<]*THEBE_JS_URL[^<]*</script>|<script[^>]*sphinx-thebe\.js[^>]*></script>")
@@ -690,7 +691,7 @@ def runs_page(profile: Profile) -> str:
         "",
         f"Profile `{profile.name}`. {profile.label}",
         "",
-        "| run | dataset | updates | MSE | scored on | seconds | sources |",
+        "| run | dataset | updates | MSE | sources | images | seconds |",
         "|---|---|---|---|---|---|---|",
     ]
     where = []
@@ -709,7 +710,7 @@ def runs_page(profile: Profile) -> str:
         where.append(origin)
     lines += [
         "",
-        "MSE is per pixel on $[-1, 1]$, with its standard error over images; seconds are those of the training.",
+        "MSE is per pixel on $[-1, 1]$, with its standard error over the images that it was scored on; seconds are those of the training.",
         "",
         "## Where they come from",
         "",
@@ -738,8 +739,8 @@ def _rows(job: Job, profile: Profile, metrics: dict[str, Any]) -> tuple[str, str
     machine, memory = metrics["environment"], metrics["peak_memory"]
     return (
         f"| [{job.name}](runs/{job.name}) | {_as_text(config['dataset'])} | {config['n_updates']:d} "
-        f"| {scores['mse']:.4f} ± {scores['mse_standard_error']:.4f} | {scores['n_images']:d} {_as_text(scores['split'])} images "
-        f"| {metrics['seconds']['training']:.0f} | {_sources(job, profile)} |",
+        f"| {scores['mse']:.4f}{PLUS_MINUS}{scores['mse_standard_error']:.4f} | {_sources(job, profile)} "
+        f"| {scores['n_images']:d} {_as_text(scores['split'])} | {metrics['seconds']['training']:.0f} |",
         f"| {job.name} | {config['seed']:d} | {_as_code(metrics['data']['fingerprint'])} | {_as_code(trained_with[:12])} "
         f"| {_as_text(machine['processor'])} | {_as_text(machine['torch'])} | {f'{memory / 1e9:.1f} GB' if memory else ''} |",
     )
