@@ -195,8 +195,7 @@ def key(job: Job, profile: Profile) -> str:
     cells = code_cells(text)
     read = [profile.jobs[run] for run in job.needs if not absence(profile.jobs[run])]
     # which system a notebook builds is said by its configuration, or by those of the runs that it reads, not by its text
-    systems = {run.config.system for run in (job, *read) if run.config is not None}
-    modules = {*provenance.notebook_modules(cells), *(name for s in systems for name in experiment.modules(s))}
+    systems = frozenset(run.config.system for run in (job, *read) if run.config is not None)
     results = [checkpoints.read_json(run.output.with_name("metrics.json"))["checksum"] for run in read]
     results += [f"{run} diverged" for run in job.needs if diverged(profile.jobs[run])]
     here = job.notebook.parent
@@ -206,11 +205,17 @@ def key(job: Job, profile: Profile) -> str:
     parts = [
         text,
         json.dumps(job.parameters, sort_keys=True),
-        provenance.source_hash(modules),
+        provenance.source_hash(modules_reached(cells, systems)),
         *results,
         *(path.read_text() for path in tables),
     ]
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()
+
+
+@functools.cache  # asked for every job, and all runs of a system reach the same
+def modules_reached(cells: tuple[str, ...], systems: frozenset[str]) -> frozenset[str]:
+    """The modules of srlib that code cells reach, and runs of these systems."""
+    return frozenset(provenance.notebook_modules(cells)).union(*map(experiment.modules, systems))
 
 
 @functools.cache  # all runs are one notebook
@@ -517,10 +522,19 @@ def lacks_weights(job: Job) -> bool:
     """Whether a run is finished and here without its weights, and its images are here, to train it again."""
     if job.config is None:
         return False
-    with contextlib.suppress(checkpoints.CheckpointError, data.DatasetUnavailable, data.DataError, OSError):
-        if not experiment.has_weights(job.output.parent):
-            data.load(job.config.dataset)
-            return True
+    with contextlib.suppress(checkpoints.CheckpointError, OSError):
+        return not experiment.has_weights(job.output.parent) and images_are_here(
+            job.config.dataset, os.environ.get("SRLIB_DATA")
+        )
+    return False
+
+
+@functools.cache  # reading a dataset takes seconds, and dozens of runs share it
+def images_are_here(dataset: str, root: str | None) -> bool:
+    """Whether the images of a dataset can be read; `root` is where: $SRLIB_DATA."""
+    with contextlib.suppress(data.DatasetUnavailable, data.DataError, OSError):
+        data.load(dataset, root)
+        return True
     return False
 
 
