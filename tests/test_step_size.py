@@ -214,12 +214,12 @@ def mixed_posterior():
 def test_an_image_whose_chain_diverges_takes_no_candidate_from_the_others(estimator):
     """Each tame image has the values it would have had beside a tame one, under the same random numbers."""
     posterior, tame = mixed_posterior(), torch.tensor([1, 1])
-    candidates = [1e-4, 5e-4, 9e-4, 3e-3, 1e-2, 0.02]
+    candidates = [1e-4, 9e-4, 3e-3, 0.02]
     options = dict(n_steps=8, estimator=estimator, share="example", n_chains=3)
     found = srlib.grid_search_step_size(posterior, candidates, rng=seeded(), **options)
     alone = srlib.grid_search_step_size(posterior[tame], candidates, rng=seeded(), **options)
     torch.testing.assert_close(found.values[:, 1], alone.values[:, 1])
-    assert found.values[-1, 0] == math.inf and found.values[:3].isfinite().all()
+    assert found.values[-1, 0] == math.inf and found.values[:2].isfinite().all()
     assert found.step_size[1] == alone.step_size[1] > 1e-3 > found.step_size[0]
 
 
