@@ -398,7 +398,7 @@ def test_equation_17_as_printed_loosens_with_more_draws():
     """The same e_0 under other noises is no preimage of e_K: each value is the log of a mean that grows with its tail."""
     posterior = copies(saturating_posterior(pixels=6, latents=2, scale=1.0, sigma=0.3), 800)
     chain = run(posterior, 10, 0.02)
-    noises = further_noises(chain, 40)
+    noises = further_noises(chain, 20)
     one = entropy.change_of_variables(posterior, chain)
     few = entropy.equation_17(posterior, chain, noises[:3])
     more = entropy.equation_17(posterior, chain, noises)

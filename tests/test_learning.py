@@ -41,7 +41,7 @@ def fit(system, images, n_updates=12, directory=None, seed=0, **plan):
 def test_a_tiny_set_is_learned_by_heart(new_system, images):
     system = new_system(n_steps=8, step_size=6e-3)
     x = system.as_input(images)
-    history = fit(system, images, 100, batch_size=16, learning_rates=(4e-3, 2e-3))
+    history = fit(system, images, 50, batch_size=16, learning_rates=(4e-3, 2e-3))
     error = (system.reconstruct(x, rng=torch.Generator().manual_seed(1)) - x).square().mean()
     best_constant = (x - x.mean(0)).square().mean()
     assert error < 0.4 * best_constant

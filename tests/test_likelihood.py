@@ -105,7 +105,7 @@ def test_the_path_is_tuned_to_the_images(linear_posterior):
 
 def test_a_multilayer_generator_in_single_precision_is_bracketed(small_posterior):
     posterior, e = simulate(small_posterior(False).generator.float(), 3, 0.3, rng(1))
-    bounds = bidirectional(posterior, e, n_temperatures=120, n_chains=4, rng=rng(), n_leapfrog=4)
+    bounds = bidirectional(posterior, e, n_temperatures=60, n_chains=4, rng=rng(), n_leapfrog=4)
     assert bounds.lower.estimate.dtype == torch.float64
     error = (bounds.lower.standard_error**2 + bounds.upper.standard_error**2).sqrt()
     assert (bounds.gap > -4 * error - 0.01).all()

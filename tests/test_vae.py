@@ -169,7 +169,7 @@ def test_the_density_and_the_divergence_of_a_gaussian_are_those_of_torch():
 def test_a_tiny_set_is_learned_by_heart(new_system, kind, images):
     system = new_system(kind)
     x = system.as_input(images)
-    history = fit(system, images, 100, batch_size=16, learning_rates=(4e-3, 2e-3))
+    history = fit(system, images, 50, batch_size=16, learning_rates=(4e-3, 2e-3))
     error = (system.reconstruct(x, rng=generator(1)) - x).square().mean()
     best_constant = (x - x.mean(0)).square().mean()
     assert error < 0.4 * best_constant
