@@ -354,8 +354,8 @@ def _execute(job: Job, profile: Profile) -> None:
         partial.replace(failed)
         without = [f"{run} {reason}" for run in job.needs if (reason := absence(profile.jobs[run]))]
         raise PipelineError(
-            f"{job.name}: {error.ename}: {error.evalue} (see {failed})"
-            + "".join(f"\nit reads a run without result: {text}" for text in without)
+            "".join(f"{job.name} reads a run without result: {text}\n" for text in without)
+            + f"{job.name}: {error.ename}: {error.evalue} (see {failed})"
         ) from error
     except nbclient.exceptions.DeadKernelError as error:
         raise PipelineError(
@@ -433,7 +433,7 @@ def run(profile: Profile, n_jobs: int, only: list[str]) -> dict[str, str]:
     for job in absent:
         print(f"{job.name}  {absence(job)}", flush=True)
     if without := [job.name for job in stale if job not in old and lacks_weights(job)]:
-        print(f"trained again for their weights, which are not here: {', '.join(without)}", flush=True)
+        print(f"trained again for their weights, which are not here or not their own: {', '.join(without)}", flush=True)
     # the longest first, so that all cores have work to the end; or in the order of the matrix
     longest_first = stale if profile.by_priority else sorted(stale, key=lambda job: -_expected(job))
     waiting = sorted(longest_first, key=lambda job: job.config is None)
@@ -525,14 +525,14 @@ def to_execute(stale: list[Job], chosen: list[Job], profile: Profile) -> list[Jo
 
 
 def lacks_weights(job: Job) -> bool:
-    """Whether a run is finished and here without its weights, and its images are here, to train it again."""
-    if job.config is None:
+    """Whether a finished run is here without its weights, or with files it did not write, and its images to train it again."""
+    if job.config is None or not job.result.exists():
         return False
-    with contextlib.suppress(checkpoints.CheckpointError, OSError):
-        return not experiment.has_weights(job.output.parent) and images_are_here(
-            job.config.dataset, os.environ.get("SRLIB_DATA")
-        )
-    return False
+    try:
+        whole = experiment.has_weights(job.output.parent)
+    except (checkpoints.CheckpointError, OSError):
+        whole = False
+    return not whole and images_are_here(job.config.dataset, os.environ.get("SRLIB_DATA"))
 
 
 @functools.cache  # reading a dataset takes seconds, and dozens of runs share it

@@ -533,7 +533,7 @@ def test_runs_whose_weights_are_not_here_are_trained_when_a_chapter_may_load_the
         status, said = run_all(*only)
         assert status == 0, said
         assert ("trained again for their weights" in said) == bool(told)
-        assert not told or f"weights, which are not here: {', '.join(told)}\n" in said
+        assert not told or f"weights, which are not here or not their own: {', '.join(told)}\n" in said
         assert sorted(name for name, model in models.items() if model.exists()) == sorted(there)
 
 
@@ -551,6 +551,7 @@ def test_what_reads_a_run_that_is_trained_again_for_its_weights_may_need_others(
     profile = pipeline.load_profile("quick", root=root)
     for job in profile.runs:
         job.output.with_name("model.safetensors").unlink()
+    profile.jobs["tiny-seed0"].output.with_name("model.safetensors").write_text("those of another run")
     found = pipeline.to_execute([profile.jobs["reader"]], [*profile.jobs.values()], profile)
     assert [job.name for job in found] == ["tiny-seed0", "shared-seed0", "other-seed0", "alone", "reader"]
     found = pipeline.to_execute([profile.jobs["reader"]], [profile.jobs["reader"]], profile)
