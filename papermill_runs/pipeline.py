@@ -96,8 +96,11 @@ class Profile:
         return [job for job in self.jobs.values() if job.config is None]
 
 
-def load_profile(name: str, seeds: list[int] | None = None, root: Path = ROOT) -> Profile:
-    """The jobs of papermill_runs/NAME.yaml; every configuration in it is checked before anything starts."""
+def load_profile(name: str, seeds: list[int] | None = None, root: Path = ROOT, only: str | None = None) -> Profile:
+    """The jobs of papermill_runs/NAME.yaml; every configuration in it is checked before anything starts.
+
+    only : a row, run or chapter; the profile then holds it and the runs that it reads. To check a whole matrix takes seconds.
+    """
     path = root / "papermill_runs" / f"{name}.yaml"
     if not re.fullmatch(r"[\w-]+", name) or not path.exists():
         known = sorted(found.stem for found in path.parent.glob("*.yaml") if found.name != "claims.yaml")
@@ -111,8 +114,18 @@ def load_profile(name: str, seeds: list[int] | None = None, root: Path = ROOT) -
     by_priority = _entry(path, matrix, "by_priority", False, bool)
     per_update = seconds_per_update(root / _entry(path, matrix, "estimates", "", str))
     folder, jobs = root / "papermill_runs" / name, {}
-    for row in _entry(path, matrix, "runs", [], list):
+    runs, chapters = _entry(path, matrix, "runs", [], list), _entry(path, matrix, "chapters", [], list)
+    for row in runs:
         _check_mapping(path, row, None)
+    for row in chapters:
+        _check_mapping(path, row, {"notebook", "needs", "seconds"})
+    if only is not None:
+        named_so = [row for row in chapters if row.get("notebook") == only]
+        read = {only, re.sub(r"-seed\d+$", "", only)}.union(*(_needs(path, row) for row in named_so))
+        rows = [row for row in runs if row.get("name") in read]
+        if named_so or rows:  # of an unknown name, what there is can be told with the whole matrix
+            runs, chapters = rows, named_so
+    for row in runs:
         own_seeds = _entry(path, row, "seeds", [0], list)
         given = {entry: value for entry, value in row.items() if entry not in ("seeds", "seconds")}
         for seed in seeds if seeds is not None else own_seeds:
@@ -133,11 +146,8 @@ def load_profile(name: str, seeds: list[int] | None = None, root: Path = ROOT) -
             notebook = root / "papermill_runs" / "train.md"
             files = (here / "train.ipynb", here / "job.json")
             jobs[run] = Job(run, notebook, *files, parameters, (), seconds, config, by_priority)
-    for row in _entry(path, matrix, "chapters", [], list):
-        _check_mapping(path, row, {"notebook", "needs", "seconds"})
-        chapter, needed = _entry(path, row, "notebook", "", str), _entry(path, row, "needs", [], list)
-        # needs may hold the needs of other chapters as lists, since YAML cannot join them
-        wanted = list(dict.fromkeys(n for entry in needed for n in (entry if isinstance(entry, list) else [entry])))
+    for row in chapters:
+        chapter, wanted = _entry(path, row, "notebook", "", str), _needs(path, row)
         output, notebook = folder / "book" / f"{chapter}.ipynb", root / "book" / f"{chapter}.md"
         if not re.fullmatch(r"[\w-]+", chapter) or not notebook.exists():
             raise PipelineError(f"{path}, chapter {chapter!r}: there is no notebook {notebook}")
@@ -154,6 +164,12 @@ def load_profile(name: str, seeds: list[int] | None = None, root: Path = ROOT) -
         result = output.with_suffix(".json")
         jobs[chapter] = Job(chapter, notebook, output, result, parameters, needs, seconds, optional=by_priority)
     return Profile(name, _entry(path, matrix, "label", "", str), jobs, seeds, by_priority, root)
+
+
+def _needs(path: Path, chapter: dict[str, Any]) -> list[str]:
+    """The rows that a chapter reads. `needs` may hold those of other chapters as lists, since YAML cannot join them."""
+    needed = _entry(path, chapter, "needs", [], list)
+    return list(dict.fromkeys(n for entry in needed for n in (entry if isinstance(entry, list) else [entry])))
 
 
 def seconds_per_update(path: Path) -> dict[str, float]:
@@ -821,7 +837,7 @@ def main(arguments: list[str] | None = None) -> int:
     if os.environ.get("SRLIB_DATA"):  # notebooks are executed in their own folders
         os.environ["SRLIB_DATA"] = str(Path(os.environ["SRLIB_DATA"]).absolute())
     try:
-        profile = load_profile(given.profile, given.seeds)
+        profile = load_profile(given.profile, given.seeds, only=given.name if given.command == "execute" else None)
         if given.command == "book":
             print(f"the book is at {build_book(profile)}")
             return 0

@@ -236,6 +236,25 @@ def test_mistyped_names_are_refused_before_anything_starts(project):
             pipeline.load_profile(name, root=root)
 
 
+def test_a_job_is_the_same_whether_or_not_the_rest_of_the_matrix_is_looked_at(project, without_kernels):
+    root, matrix = project
+    matrix["runs"].append({"name": "other", "n_updates": 3, "seeds": [0, 1]})
+    matrix["chapters"][0]["needs"] = [["tiny"], "other"]
+    write_matrix(root, matrix)
+    execute_all(root)
+    whole, chapter = pipeline.load_profile("quick", root=root), matrix["chapters"][0]["notebook"]
+    for only, runs in [
+        (chapter, {"tiny-seed0", "other-seed0", "other-seed1"}),
+        ("other-seed1", {"other-seed0", "other-seed1"}),
+    ]:
+        part = pipeline.load_profile("quick", root=root, only=only)
+        assert {job.name for job in part.runs} == runs
+        assert part.jobs[only] == whole.jobs[only] and pipeline.key(part.jobs[only], part) == pipeline.key(
+            whole.jobs[only], whole
+        )
+    assert pipeline.load_profile("quick", root=root, only="unknown").jobs.keys() == whole.jobs.keys()
+
+
 def test_seeds_are_whole_numbers():
     assert pipeline.seed_list("0, 1") == [0, 1] and pipeline.seed_list("2,2") == [2]
     for text in ("a", "0,", "-1", ""):
