@@ -181,12 +181,12 @@ def test_draws_of_the_truths_own_law_are_found_to_be_calibrated(m):
     error = hidden_squared_error(truth, draws.mean(0), mask)
     assert (spread - error).mean().abs() < 4 * (spread - error).std() / n**0.5
     torch.testing.assert_close(error.mean(), torch.tensor(1 + 1 / m), rtol=0.03, atol=0)
-    counts = rank_of_truth(truth, draws, mask).bincount(minlength=m + 1).double()
+    counts = rank_of_truth(truth, draws, mask, 0.0).bincount(minlength=m + 1).double()
     expected = n / (m + 1)
     assert ((counts - expected).square() / expected).sum() < 2 * m + 10  # chi squared with m degrees of freedom
     narrow = centre[0] + 0.5 * noise[1:]
     assert hidden_spread(truth, narrow, mask).mean() < 0.5 * hidden_squared_error(truth, narrow.mean(0), mask).mean()
-    ranks = rank_of_truth(truth, narrow, mask)
+    ranks = rank_of_truth(truth, narrow, mask, 0.0)
     assert ((ranks == 0) | (ranks == m)).double().mean() > 1.15 * 2 / (m + 1)
 
 
@@ -194,7 +194,20 @@ def test_ranks_do_not_depend_on_observed_pixels():
     truth, draws = torch.zeros(5, 1, 4, 4), torch.ones(3, 5, 1, 4, 4)
     mask = observed_mask("left", 5, (1, 4, 4), 0.5)
     draws[:2] = torch.where(mask, 100.0, -1.0)
-    assert (rank_of_truth(truth, draws, mask) == 2).all()
+    assert (rank_of_truth(truth, draws, mask, 0.0) == 2).all()
+
+
+def test_ranks_are_uniform_when_the_draws_lack_nothing_but_the_pixel_noise():
+    """Even where all mean images are one: then noise alone decides, and without it the truth is outside half of the time."""
+    n, m, sigma = 4000, 4, 0.15
+    truth = 0.2 + sigma * torch.randn(n, 1, 4, 4, generator=rng())
+    draws = torch.full((m, n, 1, 4, 4), 0.2)
+    mask = observed_mask("block", n, (1, 4, 4), 0.5, rng())
+    counts = rank_of_truth(truth, draws, mask, sigma, rng(1)).bincount(minlength=m + 1).double()
+    expected = n / (m + 1)
+    assert ((counts - expected).square() / expected).sum() < 2 * m + 10
+    without = rank_of_truth(truth, draws, mask, 0.0)
+    assert ((without == 0) | (without == m)).all()
 
 
 def test_scores_refuse_what_does_not_fit():
@@ -230,20 +243,34 @@ def test_fills_are_the_mean_image_and_the_nearest_one_on_observed_pixels():
     assert brute.tolist() == [7, 8, 9, 10, 11]
 
 
-def test_the_linear_fill_is_the_conditional_mean_of_a_gaussian():
-    """E[hidden | observed] under N(mean, W W' + sigma^2 I), whose covariance is that of the images but for its small eigenvalues."""
+def test_the_linear_fill_is_the_posterior_mean_of_the_linear_model_of_full_rank():
+    """g(e) = C^(1/2) e + b, whose images are N(b, C) without pixel noise; ridge is the noise's variance."""
     shape, sigma = (1, 3, 2), 0.3
     training = (
         (2 * torch.randn(500, 6, generator=rng()) @ torch.randn(6, 6, generator=rng(1))).view(-1, *shape).double()
     )
     images, mask = training[:4] + 0.1, observed_mask("pixels", 4, shape, 0.5, rng())
     variances, directions = torch.linalg.eigh(training.flatten(1).T.cov(correction=0))
-    variances[:3] = sigma**2  # three latents
-    covariance, mean = directions * variances @ directions.T, training.flatten(1).mean(0)
-    filled = linear_fill(torch.where(mask, images, torch.nan), mask, training, 3, sigma)
-    for x, m, found in zip(images.flatten(1), mask.flatten(1), filled.flatten(1)):
-        expected = mean[~m] + covariance[~m][:, m] @ torch.linalg.solve(covariance[m][:, m], (x - mean)[m])
-        torch.testing.assert_close(found[~m], expected)
-        assert torch.equal(found[m], x[m])
-    with pytest.raises(ValueError, match="latent_dim=6 must be below"):
-        linear_fill(images, mask, training, 6, sigma)
+    generator = srlib.LinearGenerator(directions * variances.sqrt(), training.flatten(1).mean(0))
+    posterior = srlib.Posterior(generator, images.view(4, 6, 1, 1), sigma, mask.view(4, 6, 1, 1))
+    with torch.no_grad():
+        expected = generator(srlib.ClosedForm(posterior).posterior_moments()[0]).view(4, *shape)
+    filled = linear_fill(torch.where(mask, images, torch.nan), mask, training, sigma**2)
+    torch.testing.assert_close(filled, torch.where(mask, images, expected))
+    with pytest.raises(ValueError, match="ridge=0"):
+        linear_fill(images, mask, training, 0.0)
+
+
+def test_no_other_ridge_or_subspace_predicts_a_gaussian_better_than_its_own_noise():
+    n, sigma = 2000, 0.4
+    mixing = torch.randn(6, 6, generator=rng(1)).double()
+    clean = torch.randn(2 * n, 6, generator=rng()).double() @ mixing
+    noisy = (clean + sigma * torch.randn(2 * n, 6, generator=rng(2)).double()).view(-1, 1, 3, 2)
+    mask = observed_mask("pixels", n, (1, 3, 2), 0.5, rng(3))
+    truth = clean[n:].view(-1, 1, 3, 2)
+
+    def error(ridge):  # the training images are clean, the given ones noisy
+        filled = linear_fill(noisy[n:], mask, clean[:n].view(-1, 1, 3, 2), ridge)
+        return hidden_squared_error(truth, filled, mask).mean()
+
+    assert error(sigma**2) < min(error(sigma**2 / 8), error(sigma**2 * 8))

@@ -14,8 +14,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..closed_form import ClosedForm
-from ..generators import LinearGenerator, check_tensor, check_whole, given_or_fresh
+from ..generators import check_positive, check_tensor, check_whole, given_or_fresh
 from ..posterior import Posterior
 from ..system import System
 
@@ -101,14 +100,19 @@ def pixel_spread(draws: Tensor) -> Tensor:
     return (1 + 1 / len(draws)) * draws.var(0)
 
 
-def rank_of_truth(images: Tensor, draws: Tensor, mask: Tensor) -> Tensor:
+def rank_of_truth(
+    images: Tensor, draws: Tensor, mask: Tensor, sigma: float, rng: torch.Generator | None = None
+) -> Tensor:
     """How many of M draws [M, n, C, H, W] are darker than the truth in the mean over the hidden pixels: [n], 0 to M.
 
-    In this mean the pixel noise that the draws lack hardly counts, as one pixel's rank it would decide.
+    The draws are mean images, and the truth has pixel noise, which the mean over h pixel values leaves with the standard deviation
+    sigma / h^(1/2). They get as much of it; without, a hidden part of one grey value would decide its own rank.
     """
     hidden = _hidden(images, draws, mask)
-    truth, drawn = ((x * hidden).flatten(-3).sum(-1) for x in (images, draws))
-    return (drawn < truth).sum(0)
+    count = hidden.flatten(1).sum(1)
+    truth, drawn = ((x * hidden).flatten(-3).sum(-1) / count for x in (images, draws))
+    noise = torch.randn(drawn.shape, generator=given_or_fresh(rng)).to(drawn)
+    return (drawn + sigma / count.sqrt() * noise < truth).sum(0)
 
 
 def mean_fill(images: Tensor, mask: Tensor, training: Tensor) -> Tensor:
@@ -125,25 +129,23 @@ def nearest_fill(images: Tensor, mask: Tensor, training: Tensor) -> Tensor:
     return torch.where(mask > 0, images, training[distance.argmin(1)])
 
 
-def linear_fill(images: Tensor, mask: Tensor, training: Tensor, latent_dim: int, sigma: float) -> Tensor:
-    """images [n, C, H, W] with hidden pixels from the exact posterior mean of the best linear model.
+def linear_fill(images: Tensor, mask: Tensor, training: Tensor, ridge: float) -> Tensor:
+    """images [n, C, H, W] with hidden pixels guessed linearly from the observed ones, as the training images [N, C, H, W] teach it.
 
-    It is g(e) = W e + b with as many latents and the pixel noise sigma, of maximum likelihood for the training images
-    [N, C, H, W]: W = U (L - sigma^2)^(1/2), L and U the largest eigenvalues and the eigenvectors of their covariance (Tipping
-    and Bishop 1999, Eq. 7, with sigma given).
+        b_h + C_ho (C_oo + ridge I)^{-1} (x_o - b_o),    b and C their mean and covariance
+
+    This is ridge regression of every hidden pixel on all observed ones, and the exact posterior mean of a linear generator of full
+    rank with N(0, C) images and ridge = sigma^2.
     """
-    check_whole("latent_dim", latent_dim)
+    check_positive("ridge", ridge)
     rows = training.flatten(1).double()
-    if latent_dim >= rows.shape[1]:
-        raise ValueError(f"latent_dim={latent_dim} must be below the number of pixel values, {rows.shape[1]}")
-    variances, directions = torch.linalg.eigh(rows.T.cov(correction=0))
-    scales = (variances[-latent_dim:] - sigma**2).clamp_min(0).sqrt()
-    generator = LinearGenerator(directions[:, -latent_dim:] * scales, rows.mean(0))
-    # that generator's images are [D, 1, 1]
-    x, observed = (t.expand_as(images).reshape(len(images), -1, 1, 1) for t in (images.double(), mask))
-    mean, _ = ClosedForm(Posterior(generator, x, sigma, observed)).posterior_moments()
-    with torch.no_grad():
-        return torch.where(mask > 0, images, generator(mean).view_as(images).to(images.dtype))
+    mean, covariance = rows.mean(0), rows.T.cov(correction=0)
+    noisy = covariance + ridge * torch.eye(len(mean), dtype=mean.dtype, device=mean.device)
+    guessed = []
+    for x, seen in zip(images.flatten(1).double(), (mask > 0).expand_as(images).flatten(1)):
+        weights = torch.linalg.solve(noisy[seen][:, seen], (x - mean)[seen])
+        guessed.append(mean + covariance[:, seen] @ weights)
+    return torch.where(mask > 0, images, torch.stack(guessed).view_as(images).to(images.dtype))
 
 
 def _hidden(images: Tensor, inpainted: Tensor, mask: Tensor) -> Tensor:
