@@ -181,7 +181,7 @@ class LadderGenerator(Generator):
         h_L = d_L(p_L(z_L)),    h_l = d_l(r_l([h_{l+1}, p_l(z_l)])),    x = tanh(o_0(h_1))
 
     All z_l are independent N(0, I), so e = z: a layer's latents do not depend on those above. What a layer can say is
-    limited by how many blocks are left below it, which is what makes the layers of this model differ. p_l, d_l and o_0 are
+    limited by how many blocks are left below it, which can make the layers of this model differ. p_l, d_l and o_0 are
     those of Table 4; r_l is a 1x1 convolution, from 2 * channels to channels. Parameters as in `TopDownGenerator`.
     """
 
