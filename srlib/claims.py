@@ -2,7 +2,8 @@
 
 A claim (`papermill_runs/claims.yaml`) names a quantity, the runs it is measured on, and the interval in which the paper would have
 it. The evidence is an effect with a 95 % interval, over seeds where a run has several, else over images; the verdict compares the two
-intervals. A claim may have several cases, such as data sets and numbers of layers, each of which gets its own verdict.
+intervals. A claim may have several cases, such as data sets and numbers of layers, each of which gets its own verdict; it is meant for all of
+them.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     from .posterior import Posterior
     from .system import System
 
+WHOSE = ("paper", "implied", "ours")  # who says so: the paper; what it says implies; we, who would like to know
 ONE_SEED = " for one seed"  # errors over images do not tell how far another training would be
 CONFIDENCE = 0.95
 LETTERS = {"layers": "L", "n_steps": "K"}
@@ -55,7 +57,7 @@ class Case:
 class Claim:
     """An entry of the ledger.
 
-    name : its own; statement : the paper's words, or ours for what it implies; place : where the paper says so
+    name : its own; statement : the paper's words, or ours for what it implies; place : where the paper says so; whose : of WHOSE
     quantity : one of `QUANTITIES`; options : what that takes beside the runs
     above, below : the claim holds where the effect is between them
     runs : names of runs with {fields}; cases : field -> values, all combinations of which are looked at; a field that is in no
@@ -73,8 +75,11 @@ class Claim:
     below: float = math.inf
     options: Mapping[str, Any] | None = None
     cases: Mapping[str, Sequence[Any]] | None = None
+    whose: str = "paper"
 
     def __post_init__(self) -> None:
+        if self.whose not in WHOSE:
+            raise ValueError(f"claim {self.name}: whose={self.whose!r} must be one of {', '.join(WHOSE)}")
         if self.quantity not in QUANTITIES:
             raise ValueError(
                 f"claim {self.name}: quantity={self.quantity!r} is unknown; there are: {', '.join(QUANTITIES)}"
@@ -83,6 +88,12 @@ class Claim:
             raise ValueError(
                 f"claim {self.name}: nothing is between above={self.above} and below={self.below}, or everything"
             )
+
+    @property
+    def unit(self) -> str:
+        """What the effect is in."""
+        given = UNITS[self.quantity]
+        return given or {"mse": "MSE", "fd": "FD", "kid": "KID"}[(self.options or {})["score"]]
 
     def all_cases(self) -> list[Case]:
         """Every combination of the values in `cases`, one with an empty title where there are none."""
@@ -132,6 +143,8 @@ def judge(claim: Claim, results: Path, n_images: float = math.inf) -> list[Judge
             if options.get("n_images", 0) > n_images:
                 options["n_images"] = n_images
             evidence = QUANTITIES[claim.quantity](*runs, **options)
+            if lost := sum(len([*results.glob(f"{name}-seed*/diverged.json")]) for name in case.runs):
+                evidence = evidence._replace(of=f"{evidence.of} ({lost} diverged)")
             found = verdict(evidence, claim.above, claim.below)
             one_seed = evidence.of.startswith("1 seed") and found in (HOLDS, FAILS)
             judged.append(Judged(case, found + ONE_SEED if one_seed else found, evidence))
@@ -150,18 +163,27 @@ def verdict(evidence: Evidence, above: float, below: float) -> str:
 
 
 def overall(judged: Sequence[Judged]) -> str:
-    """The verdict on all cases: that of those that are decided, if they agree; first those with several seeds are asked."""
-    found = {case.verdict for case in judged}
-    for end in ("", ONE_SEED):
-        decided = found & {HOLDS + end, FAILS + end}
-        if decided:
-            return decided.pop() if len(decided) == 1 else MIXED + end
-    return INCONCLUSIVE if INCONCLUSIVE in found else min(found)
+    """The verdict on all cases that were run: it holds where all do, fails where one does and none holds, is mixed where both happen.
+
+    Otherwise it is inconclusive, however many cases hold. It is "for one seed" where it rests on such a case.
+    """
+    run = [case.verdict for case in judged if case.verdict not in (NOT_RUN, DIVERGED)]
+    if not run:
+        return min(case.verdict for case in judged)
+    held, failed = ([found for found in run if found.removesuffix(ONE_SEED) == word] for word in (HOLDS, FAILS))
+    if failed:
+        weak = any(all(found.endswith(ONE_SEED) for found in side) for side in (held, failed) if side)
+        return (MIXED if held else FAILS) + ONE_SEED * weak
+    if len(held) == len(run):
+        return HOLDS + ONE_SEED * any(found.endswith(ONE_SEED) for found in held)
+    return INCONCLUSIVE
 
 
 # --- quantities: functions of runs, each of which is a mapping of seeds to folders ----------------------------
 
 Seeds = Mapping[int, Path]
+NO_COMMON_SEED = Evidence(math.nan, -math.inf, math.inf, "no common seed")
+NO_FACTORS = Evidence(math.nan, -math.inf, math.inf, "images without known factors")
 
 
 def score_difference(ours: Seeds, *theirs: Seeds, score: str, source: str = "prior") -> Evidence:
@@ -182,7 +204,7 @@ def score_difference(ours: Seeds, *theirs: Seeds, score: str, source: str = "pri
     best = min(others, key=lambda found: statistics.mean(value for value, _ in found.values()))
     both = sorted(first.keys() & best.keys())
     if not both:
-        return Evidence(math.nan, -math.inf, math.inf, "no common seed")
+        return NO_COMMON_SEED
     differences = [first[seed][0] - best[seed][0] for seed in both]
     if len(both) > 1:
         return over(differences, "seeds")
@@ -199,6 +221,8 @@ def end_of_search(runs: Seeds, *others: Seeds, reference: float = 1.0) -> Eviden
     first = ends(runs)
     others_ends = [ends(other) for other in others]
     both = sorted(first.keys() & (others_ends[0].keys() if others else first.keys()))
+    if not both:
+        return NO_COMMON_SEED
     return over([math.log(first[s] / (others_ends[0][s] if others else reference)) for s in both], "seeds")
 
 
@@ -227,21 +251,25 @@ def late_change(runs: Seeds, after: float = 0.5) -> Evidence:
 
 
 def smallest_eigenvalue(runs: Seeds, n_images: int) -> Evidence:
-    """Smallest |eigenvalue| of dz_K/dz_0 (section 4.2), the product of the steps' Jacobians, for each of the first test images."""
+    """log10 of the smallest |eigenvalue| of dz_K/dz_0 (section 4.2), the product of the steps' Jacobians, by test image.
+
+    It is taken from the largest one of the product of their inverses: in the product itself rounding would hide it.
+    """
     import torch
 
-    values: list[float] = []
+    values = []
     for folder in runs.values():
-        whole = functools.reduce(lambda before, step: step @ before, _jacobians(folder, n_images)[1])
-        values += torch.linalg.eigvals(whole).abs().amin(-1).tolist()
-    return over(values, "images")
+        steps = torch.linalg.inv(_jacobians(folder, n_images)[1].double())
+        whole = functools.reduce(lambda before, step: before @ step, steps)
+        values.append((-torch.linalg.eigvals(whole).abs().amax(-1).log10()).tolist())
+    return _over_seeds(values)
 
 
 def folding_share(runs: Seeds, n_images: int, n_starts: int = 2) -> Evidence:
-    """Share of the test images for which det dF/de_0 has both signs over random starts, at the same noise.
+    """Share of the test images for which det dF/de_0 has both signs over random starts, at the same noise, in any of the trainings.
 
     A continuous one-to-one map has one sign, so that for these images some distinct starts have the same end. The interval of
-    a share is that of Clopper and Pearson.
+    a share is that of Clopper and Pearson, over images: all trainings see the same ones.
     """
     import torch
     from scipy.stats import beta
@@ -249,7 +277,7 @@ def folding_share(runs: Seeds, n_images: int, n_starts: int = 2) -> Evidence:
     from .entropy import step_jacobians
     from .langevin import short_run
 
-    folds: list[bool] = []
+    folds = torch.zeros(n_images, dtype=torch.bool)
     for folder in runs.values():
         posterior, system = _posterior(folder, n_images)
         rng = torch.Generator().manual_seed(0)
@@ -258,13 +286,14 @@ def folding_share(runs: Seeds, n_images: int, n_starts: int = 2) -> Evidence:
         copies, noise = posterior.repeated(n_starts), noise.repeat_interleave(n_starts, 1)
         chain = short_run(copies, system.n_steps, system.step_size, starts, noise, keep_trajectory=True)
         signs = torch.linalg.slogdet(step_jacobians(copies, chain))[0].prod(0).unflatten(0, (n_images, n_starts))
-        folds += (signs.amin(1) < signs.amax(1)).tolist()
-    n, found = len(folds), sum(folds)
+        folds |= signs.amin(1) < signs.amax(1)
+    n, found = n_images, int(folds.sum())
     lower, upper = (
         beta.ppf(0.5 - CONFIDENCE / 2, found, n - found + 1),
         beta.ppf(0.5 + CONFIDENCE / 2, found + 1, n - found),
     )
-    return Evidence(found / n, float(lower) if found else 0.0, float(upper) if found < n else 1.0, f"{n} images")
+    of = f"{n} images, {len(runs)} seeds" if len(runs) > 1 else "1 seed, over images"
+    return Evidence(found / n, float(lower) if found else 0.0, float(upper) if found < n else 1.0, of)
 
 
 def excess_of_eq_17(runs: Seeds, n_images: int) -> Evidence:
@@ -273,14 +302,14 @@ def excess_of_eq_17(runs: Seeds, n_images: int) -> Evidence:
 
     from .evaluation.mismatch import noise_log_dets
 
-    values: list[float] = []
+    values = []
     for folder in runs.values():
         chain, jacobians = _jacobians(folder, n_images)
         # log p(e_0) and the constant of log det S_K have the same mean, that of a Gaussian's entropy
         by_eq_17 = -torch.linalg.slogdet(jacobians)[1].sum(0)
         with_noise = -0.5 * noise_log_dets(jacobians, chain.step_size)[-1]
-        values += ((by_eq_17 - with_noise) / jacobians.shape[-1]).tolist()
-    return over(values, "images")
+        values.append(((by_eq_17 - with_noise) / jacobians.shape[-1]).tolist())
+    return _over_seeds(values)
 
 
 def start_share(runs: Seeds, n_images: int, n_draws: int = 12) -> Evidence:
@@ -293,30 +322,31 @@ def start_share(runs: Seeds, n_images: int, n_draws: int = 12) -> Evidence:
     from .langevin import short_run
     from .posterior import Posterior
 
-    values = []
+    values: list[list[float]] = []
     for folder in runs.values():
         system, x = _system(folder, n_images)
         rng = torch.Generator().manual_seed(0)
+        values.append([])
         for image in x:
             starts = system.generator.sample_prior(n_draws, rng).repeat_interleave(n_draws, 0)
             noises = torch.randn(system.n_steps, n_draws, starts.shape[1], generator=rng, dtype=starts.dtype)
             noises = noises.repeat(1, n_draws, 1)
             posterior = Posterior(system.generator, image.expand(len(starts), -1, -1, -1), system.sigma)
             e = short_run(posterior, system.n_steps, system.step_size, starts, noises).final
-            values.append(_start_share(e.reshape(n_draws, n_draws, -1)))
-    return over(values, "images")
+            values[-1].append(_start_share(e.reshape(n_draws, n_draws, -1)))
+    return _over_seeds(values)
 
 
 def gradient_to_noise(runs: Seeds, n_images: int) -> Evidence:
     """log of the length of the gradient term, s grad log p, over that of the noise, sqrt(2 s d), at the last step, by test image."""
-    values: list[float] = []
+    values = []
     for folder in runs.values():
         posterior, chain = _short_run(folder, n_images)
         e = chain.trajectory[-2]
         s = chain.step_size.expand(chain.n_steps, *e.shape)[-1]
         noise = (2 * s).sum(1).sqrt()
-        values += ((s * posterior.score(e)).norm(dim=1) / noise).log().tolist()
-    return over(values, "images")
+        values.append(((s * posterior.score(e)).norm(dim=1) / noise).log().tolist())
+    return _over_seeds(values)
 
 
 def layer_lead(runs: Seeds, factors: Sequence[str], layer: int, n_probed: int) -> Evidence:
@@ -327,6 +357,8 @@ def layer_lead(runs: Seeds, factors: Sequence[str], layer: int, n_probed: int) -
     leads = []
     for folder in runs.values():
         shares = _told_by_layers(folder, n_probed)
+        if not shares:
+            return NO_FACTORS
         means = [statistics.fmean(of_layer[name] for name in factors) for of_layer in shares]
         own = means.pop(len(means) - layer)
         leads.append(own - max(means))
@@ -344,10 +376,12 @@ def layer_contrast(runs: Seeds, *others: Seeds, first: str, second: str, n_probe
         pairs = itertools.permutations(shares, 2)
         return max(min(a[first] - b[first], b[second] - a[second]) for a, b in pairs)
 
+    if not all(_told_by_layers(folder, n_probed) for seeds in (runs, *others) for folder in seeds.values()):
+        return NO_FACTORS
     found = [{seed: contrast(folder) for seed, folder in seeds.items()} for seeds in (runs, *others)]
     both = [seed for seed in found[0] if all(seed in other for other in found)]
     if not both:
-        return Evidence(math.nan, -math.inf, math.inf, "no common seed")
+        return NO_COMMON_SEED
     return over([found[0][seed] - sum(other[seed] for other in found[1:]) for seed in both], "seeds")
 
 
@@ -444,6 +478,12 @@ QUANTITIES: dict[str, Callable[..., Evidence]] = {
         layer_lead, layer_contrast,
     )
 }  # fmt: skip
+UNITS = dict.fromkeys(QUANTITIES, "") | {
+    "end_of_search": "log δ", "spread_of_ends": "log δ", "late_change": "log δ", "smallest_eigenvalue": "log₁₀", "folding_share": "share of images",
+    "excess_of_eq_17": "nats per latent", "start_share": "share of variance", "gradient_to_noise": "log ratio", "largest_rise": "nats",
+    "first_divergence": "nats per latent", "change_of_divergence": "nats per latent", "divergence_difference": "nats per latent",
+    "residual_left": "ratio", "inpainting_difference": "MSE", "layer_lead": "share told", "layer_contrast": "share told",
+}  # fmt: skip
 
 
 def over(values: Sequence[float], of: str) -> Evidence:
@@ -457,7 +497,7 @@ def over(values: Sequence[float], of: str) -> Evidence:
 def _over_seeds(values: Sequence[Sequence[float]]) -> Evidence:
     """The mean over seeds of their means over images; of one seed, whose interval is over images."""
     if not values:
-        return Evidence(math.nan, -math.inf, math.inf, "no common seed")
+        return NO_COMMON_SEED
     if len(values) > 1:
         return over([statistics.fmean(of_seed) for of_seed in values], "seeds")
     return over(values[0], "images")._replace(of="1 seed, over images")
@@ -519,7 +559,10 @@ def _short_run(folder: Path, n_images: int) -> tuple[Posterior, Chain]:
 
 @functools.cache
 def _told_by_layers(folder: Path, n_images: int) -> list[dict[str, float]]:
-    """What the noises of each layer (those of a ladder generator are its latents) tell of the factors of test images, top layer first."""
+    """What the noises of each layer (those of a ladder generator are its latents) tell of the factors of test images, top layer first.
+
+    Nothing where the data set has no factors.
+    """
     import torch
 
     from .data import load
@@ -527,6 +570,8 @@ def _told_by_layers(folder: Path, n_images: int) -> list[dict[str, float]]:
 
     system, x = _system(folder, n_images)
     test = load(verified_metrics(folder)["config"]["dataset"]).test
+    if not test.factors:
+        return []
     factors = known_factors({name: values[:n_images] for name, values in test.factors.items()})
     layers = inferred_layers(system, x, torch.Generator().manual_seed(0), noises=True)
     return [told(layer, factors, rng=torch.Generator().manual_seed(0)) for layer in layers]

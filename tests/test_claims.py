@@ -34,11 +34,12 @@ def test_a_verdict_compares_two_intervals(lower, upper, expected):
 
 @pytest.mark.parametrize(
     "verdicts, expected",
-    [((HOLDS, INCONCLUSIVE, NOT_RUN), HOLDS), ((FAILS, NOT_RUN), FAILS), ((HOLDS, FAILS), MIXED),
-     ((INCONCLUSIVE, NOT_RUN), INCONCLUSIVE), ((NOT_RUN, NOT_RUN), NOT_RUN), ((HOLDS, FAILS + ONE_SEED), HOLDS),
-     ((HOLDS + ONE_SEED, INCONCLUSIVE), HOLDS + ONE_SEED), ((HOLDS + ONE_SEED, FAILS + ONE_SEED), MIXED + ONE_SEED)],
+    [((HOLDS, HOLDS, NOT_RUN), HOLDS), ((HOLDS, INCONCLUSIVE), INCONCLUSIVE), ((FAILS, NOT_RUN), FAILS), ((FAILS, INCONCLUSIVE), FAILS),
+     ((HOLDS, FAILS, INCONCLUSIVE), MIXED), ((INCONCLUSIVE, NOT_RUN), INCONCLUSIVE), ((NOT_RUN, NOT_RUN), NOT_RUN),
+     ((HOLDS, HOLDS + ONE_SEED), HOLDS + ONE_SEED), ((FAILS, FAILS + ONE_SEED), FAILS), ((INCONCLUSIVE, FAILS + ONE_SEED), FAILS + ONE_SEED),
+     ((HOLDS, FAILS + ONE_SEED), MIXED + ONE_SEED), ((HOLDS, HOLDS + ONE_SEED, FAILS), MIXED)],
 )  # fmt: skip
-def test_cases_that_are_decided_and_agree_decide(verdicts, expected):
+def test_a_claim_is_meant_for_all_of_its_cases(verdicts, expected):
     assert claims.overall([Judged(claims.Case((), ""), verdict, None) for verdict in verdicts]) == expected
 
 
@@ -94,6 +95,10 @@ def test_runs_that_are_not_there_or_diverged_decide_nothing(tmp_path):
     found = claims.judge(claim(["a-L{layers}", "b-L{layers}"], cases={"layers": [1, 3]}), tmp_path)
     assert [judged.verdict for judged in found] == [NOT_RUN, claims.DIVERGED]
     assert [judged.case.title for judged in found] == ["L = 1", "L = 3"]
+    write_run(tmp_path, "b-L3", seed=1)
+    write_run(tmp_path, "a-L3", seed=1)
+    found = claims.judge(claim(["a-L3", "b-L3"]), tmp_path)
+    assert found[0].evidence.of == "1 seed, over images (1 diverged)"
 
 
 def test_step_sizes_are_compared_as_ratios_of_noise_scales(tmp_path):
@@ -134,7 +139,22 @@ def linear_run(monkeypatch):
 
 def test_eigenvalues_of_a_linear_model(linear_run):
     found = claims.smallest_eigenvalue(linear_run, 2)
-    assert found.effect == pytest.approx((1 - 0.15 * 5) ** 4) and found.of == "2 images"
+    assert found.effect == pytest.approx(4 * math.log10(1 - 0.15 * 5)) and found.of == "1 seed, over images"
+
+
+def test_eigenvalues_below_the_rounding_of_the_product_are_found(monkeypatch):
+    """Rotated, so that the product of 40 steps mixes 0.9^40 with 0.1^40 = 1e-40, which it cannot hold in 16 digits."""
+    turn = torch.linalg.qr(torch.randn(3, 3, generator=torch.Generator().manual_seed(0)).double())[0]
+    step = turn @ torch.diag(torch.tensor([0.9, 0.5, 0.1]).double()) @ turn.T
+    monkeypatch.setattr(claims, "_jacobians", lambda folder, n: (None, step.expand(40, n, 3, 3)))
+    assert claims.smallest_eigenvalue({0: Path()}, 2).effect == pytest.approx(-40, abs=1e-6)
+
+
+def test_images_that_all_trainings_see_are_not_counted_again(linear_run):
+    """What a training draws differs from the next one; three alike have no spread, and one says that it is one."""
+    for quantity in (claims.excess_of_eq_17, claims.gradient_to_noise, claims.start_share):
+        assert quantity(linear_run, 2).of == "1 seed, over images"
+        assert quantity(dict.fromkeys(range(3), Path()), 2).of == "3 seeds"
 
 
 def test_the_share_of_the_start_in_a_linear_model(linear_run):
@@ -205,7 +225,10 @@ def test_folds_are_found_where_steps_are_long(monkeypatch, wave, s, expected):
     images = torch.full((3, 1, 1, 1), 0.6).double()
     monkeypatch.setattr(claims, "_system", lambda folder, n: (system, images[:n]))
     found = claims.folding_share({0: Path()}, 3, n_starts=20)
-    assert found.effect == expected and found.of == "3 images"
+    assert found.effect == expected and found.of == "1 seed, over images"
+    assert claims.folding_share(dict.fromkeys(range(2), Path()), 3, n_starts=20) == found._replace(
+        of="3 images, 2 seeds"
+    )
     end = 1 - 0.025 ** (1 / 3)  # of Clopper and Pearson, for none of three
     assert (found.lower, found.upper) == pytest.approx((0, end) if expected == 0 else (1 - end, 1))
 
@@ -237,6 +260,18 @@ def test_divergences_are_paired_by_image_and_seed(monkeypatch):
     assert claims.divergence_difference(ours, theirs, 3).effect == pytest.approx(0.75)
     assert claims.first_divergence(ours, 3).effect == pytest.approx(37.5)
     assert claims.divergence_difference({5: Path("a")}, theirs, 3).of == "no common seed"
+    monkeypatch.setattr(claims, "verified_metrics", lambda folder: {"scores": {"noise_scale": 1.0}})
+    assert claims.end_of_search({5: Path("a")}, theirs).of == "no common seed"
+
+
+def test_images_without_factors_tell_nothing_of_layers(monkeypatch):
+    monkeypatch.setattr(claims, "_told_by_layers", lambda folder, n_images: [])
+    runs = {0: Path("a")}
+    for found in (
+        claims.layer_lead(runs, ["hue"], 1, 9),
+        claims.layer_contrast(runs, first="hue", second="digit", n_probed=9),
+    ):
+        assert found.of == "images without known factors" and claims.verdict(found, 0, math.inf) == INCONCLUSIVE
 
 
 def test_fields_that_no_name_has_are_options_and_a_preview_takes_few_images(tmp_path, monkeypatch):
@@ -258,7 +293,7 @@ def test_fields_that_no_name_has_are_options_and_a_preview_takes_few_images(tmp_
 
 @pytest.mark.parametrize(
     "given, complaint",
-    [({"quantity": "luck"}, "quantity='luck' is unknown"), ({"below": math.inf}, "everything"), ({"above": 1.0}, "nothing is between")],
+    [({"quantity": "luck"}, "quantity='luck' is unknown"), ({"whose": "nobody's"}, "whose=.* must be one of paper"), ({"below": math.inf}, "everything"), ({"above": 1.0}, "nothing is between")],
 )  # fmt: skip
 def test_claims_that_cannot_be_judged_are_refused(given, complaint):
     with pytest.raises(ValueError, match=complaint):
