@@ -147,3 +147,10 @@ def test_the_layers_are_compared_on_equal_terms():
     }  # fmt: skip
     first, *others = grouped.values()
     assert len(first) == 3 and all(other == first for other in others)
+
+
+@pytest.mark.parametrize("profile", ["digits", *FULL])
+def test_no_run_of_the_tables_chooses_its_step_size(profile):
+    """As the chapters on claims and the report say of them."""
+    found = [c for name, c in rows(profile).items() if name.startswith("short_run-")]
+    assert found and all(c.step_size_search == "none" and c.step_size == pytest.approx(0.05**2 / 2) for c in found)
