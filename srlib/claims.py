@@ -250,6 +250,12 @@ def late_change(runs: Seeds, after: float = 0.5) -> Evidence:
     return over(changes, "seeds")
 
 
+def search_share(runs: Seeds) -> Evidence:
+    """Share of the seconds of training that the updates of the step size took."""
+    spent = [verified_metrics(folder)["seconds"] for folder in runs.values()]
+    return over([seconds["step_size_search"] / seconds["training"] for seconds in spent], "seeds")
+
+
 def smallest_eigenvalue(runs: Seeds, n_images: int) -> Evidence:
     """log10 of the smallest |eigenvalue| of dz_K/dz_0 (section 4.2), the product of the steps' Jacobians, by test image.
 
@@ -473,13 +479,13 @@ def inpainting_difference(ours: Seeds, theirs: Seeds, n_images: int, hidden: str
 QUANTITIES: dict[str, Callable[..., Evidence]] = {
     f.__name__: f
     for f in (
-        score_difference, end_of_search, spread_of_ends, late_change, smallest_eigenvalue, folding_share, excess_of_eq_17, start_share,
+        score_difference, end_of_search, spread_of_ends, late_change, search_share, smallest_eigenvalue, folding_share, excess_of_eq_17, start_share,
         gradient_to_noise, largest_rise, first_divergence, change_of_divergence, divergence_difference, residual_left, inpainting_difference,
         layer_lead, layer_contrast,
     )
 }  # fmt: skip
 UNITS = dict.fromkeys(QUANTITIES, "") | {
-    "end_of_search": "log δ", "spread_of_ends": "log δ", "late_change": "log δ", "smallest_eigenvalue": "log₁₀", "folding_share": "share of images",
+    "end_of_search": "log δ", "spread_of_ends": "log δ", "late_change": "log δ", "search_share": "share of time", "smallest_eigenvalue": "log₁₀", "folding_share": "share of images",
     "excess_of_eq_17": "nats per latent", "start_share": "share of variance", "gradient_to_noise": "log ratio", "largest_rise": "nats",
     "first_divergence": "nats per latent", "change_of_divergence": "nats per latent", "divergence_difference": "nats per latent",
     "residual_left": "ratio", "inpainting_difference": "MSE", "layer_lead": "share told", "layer_contrast": "share told",

@@ -116,6 +116,17 @@ def test_step_sizes_are_compared_as_ratios_of_noise_scales(tmp_path):
     assert spread.upper == pytest.approx(spread.effect / math.sqrt(-math.log(0.975)), rel=1e-6)
 
 
+def test_the_share_of_the_search_is_that_of_the_seconds_of_training(tmp_path):
+    folders = {}
+    for seed, share in enumerate((0.1, 0.2)):
+        seconds = {"training": 50.0, "step_size_search": 50 * share}
+        folders[seed] = write_run(tmp_path, "a", seed=seed)
+        record = checkpoints.read_json(folders[seed] / "metrics.json")
+        del record["checksum"]
+        checkpoints.write_json(folders[seed] / "metrics.json", record | {"seconds": seconds})
+    assert claims.search_share(folders).effect == pytest.approx(0.15)
+
+
 def test_a_late_change_is_relative_to_the_annealed_sigma(tmp_path):
     """s follows sigma^2 for the first half, which is no change; then s doubles."""
     folders = {}
