@@ -45,8 +45,10 @@ DATASETS = {
 }
 # Datasets whose images, and reconstructions beside them, may be passed on; the first that was run is shown in pictures.
 PICTURED = ("digits", "mnist", "colour_digits")
-# Differences of fewer standard errors decide nothing.
+# Differences of fewer standard errors decide nothing; where these come from few seeds, more are needed (see `gap`).
 DECISIVE = 2.0
+CONFIDENCE = 0.95
+ONE_SEED = "†"  # behind a number whose error is over images, not over trainings
 PLUS_MINUS = "\N{NO-BREAK SPACE}±\N{NO-BREAK SPACE}"  # a number and its error stay on one line
 
 
@@ -126,17 +128,27 @@ class Score(NamedTuple):
 
 
 class Gap(NamedTuple):
-    """The difference of two scores and its standard error, as if the two were independent."""
+    """The difference of two scores and its standard error, as if the two were independent.
+
+    decisive : how many standard errors decide; one_seed : whether one of the two is a single training, the error of which is over images.
+    """
 
     value: float
     standard_error: float
+    decisive: float = DECISIVE
+    one_seed: bool = False
 
     @property
     def lower(self) -> str:
-        """Whether the first score is lower: "yes", "no", or "undecided" within `DECISIVE` standard errors."""
-        if abs(self.value) <= DECISIVE * self.standard_error:
+        """Whether the first score is lower: "yes", "no", or "undecided" within `decisive` standard errors."""
+        if abs(self.value) <= self.decisive * self.standard_error:
             return "undecided"
         return "yes" if self.value < 0 else "no"
+
+    @property
+    def answer(self) -> str:
+        """`lower` as a table shows it."""
+        return self.lower + ONE_SEED * (self.one_seed and self.lower != "undecided")
 
     def __str__(self) -> str:
         digits = 4 if abs(self.value) < 1 and self.standard_error < 0.1 else 2
@@ -184,20 +196,31 @@ def score(runs: Iterable[Run], dataset: str, row: Row, read: Reader) -> Score | 
 
 
 def gap(score: Score, other: Score) -> Gap:
-    """score - other. For scores on the same images, whose errors go together, the standard error is on the safe side."""
-    errors = (score.standard_error or 0.0, other.standard_error or 0.0)
-    return Gap(score.value - other.value, sum(error**2 for error in errors) ** 0.5)
+    """score - other. For scores on the same images, whose errors go together, the standard error is on the safe side.
+
+    Where an error is over seeds, Student's quantile with the degrees of freedom of Welch (1947) takes the place of `DECISIVE`.
+    """
+    both = (score, other)
+    parts = [(s.standard_error or 0.0) ** 2 for s in both]
+    few = sum(part**2 / (s.n_seeds - 1) for s, part in zip(both, parts) if s.n_seeds > 1)
+    decisive = DECISIVE
+    if few:
+        from scipy.stats import t
+
+        decisive = max(DECISIVE, float(t.ppf(0.5 + CONFIDENCE / 2, sum(parts) ** 2 / few)))
+    return Gap(score.value - other.value, sum(parts) ** 0.5, decisive, min(s.n_seeds for s in both) < 2)
 
 
 def cell(runs: Iterable[Run], dataset: str, row: Row, read: Reader, digits: int = 4) -> str:
-    """A score as a table shows it, or why there is none; and how many of its trainings diverged."""
+    """A score as a table shows it, or why there is none; `ONE_SEED` where its error is over images; how many trainings diverged."""
     folders = {run.directory.parent for run in runs}
     lost = [run for folder in folders for run in diverged_runs(folder) if (run.dataset, run.row) == (dataset, row)]
     found = score(runs, dataset, row, read)
     if found is None:
         there = any(run.dataset == dataset and run.row == row for run in runs)
         return "no score" if there else "diverged" if lost else "not run"
-    error = "" if found.standard_error is None else f"{PLUS_MINUS}{found.standard_error:.{digits}f}"
+    one = ONE_SEED if found.n_seeds == 1 else ""
+    error = "" if found.standard_error is None else f"{PLUS_MINUS}{found.standard_error:.{digits}f}{one}"
     return f"{found.value:.{digits}f}{error}" + (f" ({len(lost)} diverged)" if lost else "")
 
 

@@ -96,7 +96,7 @@ def test_scores_of_one_seed_and_of_several(tmp_path):
     runs = comparison.finished_runs(tmp_path, [0, 1])
     assert comparison.score(runs, "digits", row, read) == Score(0.03, 0.001, 1)
     assert comparison.score(runs, "mnist", row, read) is None
-    assert comparison.cell(runs, "digits", row, read) == "0.0300\N{NO-BREAK SPACE}±\N{NO-BREAK SPACE}0.0010"
+    assert comparison.cell(runs, "digits", row, read) == "0.0300\N{NO-BREAK SPACE}±\N{NO-BREAK SPACE}0.0010†"
     assert comparison.cell(runs, "mnist", row, read) == "not run"
     assert comparison.cell(runs, "digits", row, comparison.distance("fd", "prior")) == "no score"
     write_run(tmp_path, "short_run-digits-L3", mse=0.05, seed=1)
@@ -125,10 +125,14 @@ def test_the_distance_asked_for_is_found(tmp_path):
     assert comparison.distance("fid", "aggregate")(metrics) is None
 
 
-def test_a_gap_is_decided_from_two_standard_errors_on():
-    assert comparison.gap(Score(0.03, 0.003, 1), Score(0.05, 0.004, 1)) == Gap(
-        pytest.approx(-0.02), pytest.approx(0.005)
-    )
+def test_a_gap_is_decided_from_two_standard_errors_on_or_more_where_seeds_are_few():
+    found = comparison.gap(Score(0.03, 0.003, 1), Score(0.05, 0.004, 1))
+    assert found == Gap(pytest.approx(-0.02), pytest.approx(0.005), 2.0, True) and found.answer == "yes†"
+    # equal errors of three seeds each have 4 degrees of freedom, those of three seeds beside none have 2
+    assert comparison.gap(Score(0.0, 1.0, 3), Score(2.7, 1.0, 3)).decisive == pytest.approx(2.776, abs=1e-3)
+    assert comparison.gap(Score(0.0, 1.0, 3), Score(2.7, 0.0, 1)).decisive == pytest.approx(4.303, abs=1e-3)
+    assert comparison.gap(Score(0.0, 1.0, 3), Score(2.7, 1.0, 3)).answer == "undecided"
+    assert comparison.gap(Score(0.0, 0.1, 3), Score(2.7, 0.1, 3)).answer == "yes"
     assert Gap(-0.02, 0.005).lower == "yes"
     assert Gap(0.02, 0.005).lower == "no"
     assert str(Gap(-0.00001, 0.001)).startswith("+0.0000")
