@@ -198,7 +198,7 @@ def test_ranks_do_not_depend_on_observed_pixels():
 
 
 def test_ranks_are_uniform_when_the_draws_lack_nothing_but_the_pixel_noise():
-    """Even where all mean images are one: then noise alone decides, and without it the truth is outside half of the time."""
+    """Even where all mean images are one: then noise alone decides, and without it the truth is always outside."""
     n, m, sigma = 4000, 4, 0.15
     truth = 0.2 + sigma * torch.randn(n, 1, 4, 4, generator=rng())
     draws = torch.full((m, n, 1, 4, 4), 0.2)
@@ -261,7 +261,7 @@ def test_the_linear_fill_is_the_posterior_mean_of_the_linear_model_of_full_rank(
         linear_fill(images, mask, training, 0.0)
 
 
-def test_no_other_ridge_or_subspace_predicts_a_gaussian_better_than_its_own_noise():
+def test_no_other_ridge_predicts_a_gaussian_better_than_its_own_noise():
     n, sigma = 2000, 0.4
     mixing = torch.randn(6, 6, generator=rng(1)).double()
     clean = torch.randn(2 * n, 6, generator=rng()).double() @ mixing
