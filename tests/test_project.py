@@ -96,16 +96,6 @@ def test_every_figure_of_a_notebook_has_an_alternative_text(path):
             assert len(cell.metadata["mystnb"]["image"]["alt"]) > 20, cell.source
 
 
-def test_importing_srlib_is_light():
-    code = (
-        "import sys, torch, time; start = time.perf_counter(); import srlib; print(time.perf_counter() - start); "
-        "print([m for m in ('matplotlib', 'sklearn', 'papermill', 'torchvision') if m in sys.modules])"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
-    _, heavy = done.stdout.splitlines()
-    assert heavy == "[]"
-
-
 def test_the_ten_lines_of_the_readme_run_with_srlib_alone(tmp_path):
     """srlib/ copied into an empty folder; fewer updates, so that the test is short."""
     import shutil

@@ -157,7 +157,7 @@ def test_grid_search_finds_each_estimators_own_optimum(linear_posterior, estimat
     """Against an independent evaluation of 6 times as many step sizes with the same random numbers."""
     single = linear_posterior(1)
     posterior, n_steps = copies(single, 10), 6
-    fine = torch.logspace(-2, 0, 121, dtype=torch.float64) * 1.9 / curvatures(single).max().item()
+    fine = torch.logspace(-2, 0, 61, dtype=torch.float64) * 1.9 / curvatures(single).max().item()
     coarse = fine[::6]
     rng = seeded()
     found = srlib.grid_search_step_size(posterior, list(coarse), n_steps, estimator, rng=rng)
@@ -175,7 +175,7 @@ def test_change_of_variables_has_a_minimum_between_all_poles_where_the_kl_has_on
     g = srlib.LinearGenerator(weight, torch.zeros(3, dtype=torch.float64))
     posterior = srlib.Posterior(g, torch.zeros(1, 3, 1, 1, dtype=torch.float64), 1.0)
     poles = 1 / (1 + weight.diagonal() ** 2)
-    n_steps, s = 20, torch.logspace(-5, math.log10(1.9 / 901), 300, dtype=torch.float64)
+    n_steps, s = 20, torch.logspace(-5, math.log10(1.9 / 901), 150, dtype=torch.float64)
     kl = torch.stack([srlib.ClosedForm(posterior).short_run_kl(v.item(), n_steps)[0] for v in s])
     exact = srlib.StepSizeResult(s[kl.argmin()], s, kl[:, None])
     assert len(exact.local_minima) == 1
@@ -234,7 +234,7 @@ def test_a_candidate_for_all_images_is_infinite_if_it_is_for_one():
 def test_candidates_that_diverge_or_have_no_inverse_count_as_infinite(linear_posterior, estimator):
     posterior = linear_posterior(2)
     good, bad = (factor / curvatures(posterior).max().item() for factor in (0.4, 40.0))
-    found = srlib.grid_search_step_size(posterior, [bad, good], 60, estimator, rng=seeded())
+    found = srlib.grid_search_step_size(posterior, [bad, good], 30, estimator, rng=seeded())
     assert found.best == 1 and found.step_size == good
     assert found.objective[0] == math.inf and found.objective[1].isfinite()
     assert found.plausible.tolist() == [False, True]
@@ -305,18 +305,18 @@ def test_with_moment_matched_numbers_the_objective_of_a_linear_model_is_its_kl_t
         (1, 1, False, 50, 0.05),
         (1, 1, False, 50, 1.8),
         (1, 10, True, 50, 1.8),
-        (1, 50, False, 60, 0.05),
-        (2, 5, False, 50, 0.05),
-        (2, 5, False, 50, 1.8),
-        (3, 24, True, 50, 1.8),
-        (6, 10, False, 50, 0.05),
-        (12, 6, True, 50, 1.8),
-        (20, 2, False, 50, 0.05),
-        (20, 2, False, 50, 1.8),
+        (1, 25, False, 40, 0.05),
+        (2, 5, False, 35, 0.05),
+        (2, 5, False, 35, 1.8),
+        (3, 12, True, 35, 1.8),
+        (6, 10, False, 40, 0.05),
+        (12, 6, True, 35, 1.8),
+        (20, 2, False, 35, 0.05),
+        (20, 2, False, 35, 1.8),
     ],
 )
 def test_descent_ends_within_2_percent_of_the_optimum_of_the_exact_kl(latents, n_steps, masked, n_iterations, start):
-    """In s as in the KL, from far below and from near divergence; the worst of these is 0.3 % off."""
+    """In s as in the KL, from far below and from near divergence; the worst of these is 0.5 % off."""
     single = random_model(latents, masked, seed=100 * latents + n_steps)
     exact, n_chains = srlib.ClosedForm(single), 2 * (n_steps + 1) * latents
     initial = start / curvatures(single).max().item()
@@ -709,7 +709,7 @@ def test_a_training_that_chooses_s_repeats_itself(images, search):
     assert all(torch.equal(v, w) for v, w in zip(first.state_dict().values(), second.state_dict().values()))
 
 
-@pytest.mark.parametrize("t", [2, 3, 5])
+@pytest.mark.parametrize("t", [2, 5])
 @pytest.mark.parametrize("search", SEARCHES, ids=["grid", "descent"])
 def test_a_killed_training_that_chooses_s_resumes_with_the_same_bits(images, tmp_path, killed_at, search, t):
     whole, history = fit(images, search)
