@@ -12,6 +12,7 @@ import hashlib
 import json
 import math
 import os
+import stat
 import tempfile
 from collections import Counter
 from collections.abc import Iterator
@@ -105,16 +106,25 @@ def _checksum(tensors: dict[str, Tensor], metadata: dict[str, Any]) -> str:
     return total.hexdigest()
 
 
+def check_file(path: str | os.PathLike[str]) -> None:
+    """Raises CheckpointError for a pipe or a device, whose reader might wait for ever, and OSError where there is nothing."""
+    mode = os.stat(path).st_mode
+    if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):  # of a folder the system itself says what it is
+        raise CheckpointError(f"{path} is no file, but a pipe or a device; remove it")
+
+
 def load(path: str | os.PathLike[str], device: str = "cpu") -> tuple[dict[str, Tensor], dict[str, Any]]:
     """The tensors, on `device`, and the metadata that `save` wrote to `path`.
 
     Raises:
         CheckpointError: the file is missing, truncated, changed, or was not written by `save`.
         OSError: it is there, but cannot be read; it may be whole.
+        ValueError: there is no such device, or it has no room for the tensors.
     """
     from safetensors import safe_open
 
     try:
+        check_file(path)
         with open(path, "rb"):  # of what the system says safetensors makes errors of its own
             pass
         with safe_open(path, framework="pt", device="cpu") as file:
@@ -126,13 +136,16 @@ def load(path: str | os.PathLike[str], device: str = "cpu") -> tuple[dict[str, T
             written = metadata.pop("checksum", None)
             if written is not None and written != _checksum(tensors, metadata):
                 raise CheckpointError(f"{path} was changed: its checksum does not match; delete it and run again")
-            return {name: tensor.to(device) for name, tensor in tensors.items()}, metadata
     except (FileNotFoundError, NotADirectoryError):
         raise CheckpointError(f"there is no checkpoint {path}") from None
     except (CheckpointError, OSError):
         raise
     except Exception as error:  # SafetensorError, and what torch and json raise for sizes and depths beyond them
         raise CheckpointError(f"{path} is truncated or no checkpoint ({error}); delete it and run again") from error
+    try:
+        return {name: tensor.to(device) for name, tensor in tensors.items()}, metadata
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"device={device!r}: {error}; {path} is whole, use device='cpu'") from error
 
 
 class _Loader(yaml.SafeLoader):
@@ -176,6 +189,7 @@ def read_yaml(path: str | os.PathLike[str]) -> Any:
     Raises:
         CheckpointError: it is none, gives a key twice, or is longer than `LARGEST_YAML` bytes, aliases written out.
     """
+    check_file(path)
     with open(path, "rb") as file:
         content = file.read(LARGEST_YAML + 1)
     if len(content) > LARGEST_YAML:
@@ -217,6 +231,7 @@ def read_json(path: str | os.PathLike[str]) -> dict[str, Any]:
         OSError: it is there, but cannot be read; it may be whole.
     """
     try:
+        check_file(path)
         with open(path, "rb") as file:
             content = file.read(LARGEST_JSON + 1)
     except (FileNotFoundError, NotADirectoryError):

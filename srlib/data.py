@@ -222,7 +222,7 @@ def _celeba_images(files: list[Path], side: int) -> Tensor:
     """uint8 [n, 3, side, side]: centre crop of 148 pixels, antialiased bilinear reduction; kept in the user's cache."""
     stats = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
     cache = _cache_folder() / f"celeba{side}-{hashlib.sha256(repr(stats).encode()).hexdigest()[:16]}.safetensors"
-    with contextlib.suppress(checkpoints.CheckpointError):  # absent or damaged: made again
+    with contextlib.suppress(checkpoints.CheckpointError, OSError):  # absent, damaged or not readable: made again
         images = checkpoints.load(cache)[0].get("images")
         if images is not None and images.dtype == torch.uint8 and images.shape == (len(files), 3, side, side):
             return images
@@ -406,6 +406,8 @@ def _read_idx(path: Path, ndim: int) -> np.ndarray:
             raise DatasetUnavailable(f"{path} is missing; srlib.load('mnist', download=True) fetches the whole dataset")
         path = packed
     header_bytes = 4 + 4 * ndim
+    if not path.is_file():
+        raise DataError(f"{path} is no regular file; remove it and fetch the dataset again")
     try:
         possible = min(LARGEST_FILE, path.stat().st_size * (DEFLATE_LIMIT if path.suffix == ".gz" else 1))
         with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:

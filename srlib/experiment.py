@@ -43,7 +43,9 @@ KEPT = (
     "same_bits",
 )  # what metrics.json says of the training when it is scored again
 WEIGHTS = ".safetensors"  # the files of a run that it may be kept without
-LONGEST_LIST = 1000  # layers, snapshots, learning rates
+LONGEST_LIST = 1000  # snapshots, learning rates
+PARTS = ("n_flows", "n_levels", "depth")
+MOST_PARTS = 100  # of each of these, and of layers: building them takes time before their size is known
 LARGEST_WHOLE = 2**63 - 1
 LARGEST_MODEL = 2**31  # numbers in a system
 N_AGGREGATE = 5000  # training images that the Gaussian of the inferred latents is fitted to, at most
@@ -137,6 +139,10 @@ class Config:
             )
         self.torch_device()
         self.plan()
+        parts = {"latent_dims": len(self.latent_dims), **{key: self.options.get(key) for key in PARTS}}
+        for key, count in parts.items():
+            if isinstance(count, int) and count > MOST_PARTS:
+                raise ValueError(f"{key}: {count} parts are more than {MOST_PARTS}; choose fewer")
         if self.step_size_search != "none" and self.every > self.n_updates:
             raise ValueError(
                 f"every={self.every}: step_size_search={self.step_size_search!r} would never be done in n_updates={self.n_updates} "
@@ -395,9 +401,21 @@ def _claimed(output: Path, config: Config) -> Iterator[None]:
 def _claim(output: Path, config: Config) -> None:
     path, text = output / "config.yaml", yaml.safe_dump(_plain(asdict(config)), sort_keys=False)
     begun = any((output / name).exists() for name in ("metrics.json", "model.safetensors", resume_file(output).name))
-    if begun and path.exists() and Config.from_yaml(path) != config:
+    if begun and _configuration(output, config) != config:
         raise ValueError(f"{output} holds a run with another configuration; choose another --output or remove it")
     checkpoints.atomic_write(path, text.encode())
+
+
+def _configuration(output: Path, otherwise: Config) -> Config:
+    """That of the run in `output`, as its config.yaml says, or without that its metrics; `otherwise` where neither does."""
+    try:
+        if (output / "config.yaml").exists():
+            return Config.from_yaml(output / "config.yaml")
+    except ValueError as error:
+        raise ValueError(f"{error}; remove that file if the run is the same, else choose another --output") from error
+    with contextlib.suppress(checkpoints.CheckpointError, ValueError, KeyError, TypeError):
+        return Config.from_dict(checkpoints.read_json(output / "metrics.json")["config"])
+    return otherwise
 
 
 def _plain(config: dict[str, Any]) -> dict[str, Any]:

@@ -81,6 +81,9 @@ class ShortRun(NoisySystem):
         if update_step_size is not None and not callable(update_step_size):
             raise ValueError(f"update_step_size={update_step_size!r} must be callable, such as a StepSizeSearch")
         self.register_buffer("step_size", s.detach().clone())
+        # as text it is one of the settings by which a training that goes on is known, wherever s has moved since
+        known = isinstance(step_size, Tensor) and not step_size.is_meta
+        self.first_step_size = str(step_size.tolist() if known else step_size)
 
     def fit(
         self,

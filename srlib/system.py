@@ -51,9 +51,9 @@ class System(nn.Module):
         return {}
 
     def decode(self, e: Tensor) -> Tensor:
-        """The mean images g(e) [n, C, H, W] in [-1, 1] of latents e [n, d]."""
+        """The mean images g(e) [n, C, H, W] in [-1, 1] of latents e [n, d]. Raises FloatingPointError if they are no numbers."""
         with torch.no_grad():
-            return self.generator(e)
+            return of_numbers("images", self.generator(e))
 
     def reconstruct(self, x: Tensor, mask: Tensor | None = None, rng: torch.Generator | None = None) -> Tensor:
         """decode(infer(x)): [n, C, H, W]. With a mask this is inpainting (section 5.3)."""
@@ -111,11 +111,23 @@ class System(nn.Module):
         return images.to(parameter.dtype)
 
 
+def of_numbers(what: str, made: Tensor) -> Tensor:
+    """`made`, which a system made of finite input. Raises FloatingPointError if it holds NaN or infinite numbers."""
+    if not made.is_meta and not made.isfinite().all():
+        raise FloatingPointError(
+            f"the {what} that this system makes hold NaN or infinite numbers: its weights do, or are far too large; train it "
+            "again, with a smaller learning rate"
+        )
+    return made
+
+
 def in_batches(images: Tensor, batch_size: int) -> tuple[Tensor, ...]:
     """images [n, C, H, W] in batches of `batch_size`, the last of what is left. Raises ValueError for what is no images."""
     check_whole("batch_size", batch_size)
     if not isinstance(images, Tensor):
         raise ValueError(f"images are a {type(images).__name__}; give a tensor [n, C, H, W]")
+    if images.layout != torch.strided:
+        raise ValueError(f"images are {images.layout}; give a dense tensor, images.to_dense()")
     if images.ndim != 4 or not len(images):
         raise ValueError(f"images have shape {tuple(images.shape)}; give [n, C, H, W] with n > 0")
     return images.split(batch_size)

@@ -106,6 +106,10 @@ def training_seconds(directory: Path | str) -> float:
 
 def check_training(system: System, images: Tensor, plan: TrainingPlan) -> None:
     """Raises ValueError for a plan or for images [n, C, H, W] that `system` cannot be trained with: now, not in a later batch."""
+    if not torch.is_grad_enabled() or not any(p.requires_grad for p in system.parameters()):
+        raise ValueError(
+            "fit needs gradients: call it outside of torch.no_grad(), for a system with parameters that require them"
+        )
     if not isinstance(plan, TrainingPlan):
         raise ValueError(f"plan is a {type(plan).__name__}; give a srlib.TrainingPlan")
     batches = in_batches(images, 1000)
@@ -161,6 +165,7 @@ class TrainingLoop:
         distributed.check_divisible(self.batch_size)
         self.order = torch.empty(0, dtype=torch.int64)
         self._begun = time.monotonic()
+        self._given_gradients = [p.grad for p in self.system.parameters()]
         # now, since the files of the sources may be edited while a training lasts
         self._identity = self._identified() if self._writes else {}
         state = distributed.from_first(self._found)
@@ -218,7 +223,12 @@ class TrainingLoop:
             self.history.setdefault(name, []).append(float(value))
 
     def finish(self) -> History:
-        """The history. The end of the training is kept for resuming too: whoever keeps the result removes `resume_file`."""
+        """The history. The end of the training is kept for resuming too: whoever keeps the result removes `resume_file`.
+
+        Parameters get the gradients back that they had before.
+        """
+        for p, given in zip(self.system.parameters(), self._given_gradients, strict=True):
+            p.grad = given
         if self._writes:
             self._save()
         return self.history
@@ -257,7 +267,10 @@ class TrainingLoop:
     def _found(self) -> State | None:
         """What to begin with, as the first process sees it: what a killed training left; without that, what it has itself."""
         if self.directory is not None:
-            Path(self.directory).mkdir(parents=True, exist_ok=True)
+            try:
+                Path(self.directory).mkdir(parents=True, exist_ok=True)
+            except FileExistsError as error:
+                raise ValueError(f"directory={str(self.directory)!r} is a file; name a folder") from error
             if resume_file(self.directory).exists():
                 return self._saved()
         return self._state() if distributed.n_processes() > 1 else None
@@ -291,17 +304,19 @@ class TrainingLoop:
     def _unfit(self, tensors: dict[str, Tensor], progress: dict[str, Any]) -> str | None:
         """What in a state is none that this training can have been in; None where all is as it must be."""
         t, seconds, history = (progress.get(name) for name in ("t", "seconds", "history"))
-        if not isinstance(t, int) or not 0 <= t <= self.plan.n_updates:
+        if not isinstance(t, int) or isinstance(t, bool) or not 0 <= t <= self.plan.n_updates:
             return f"t={t!r} is no number of updates of {self.plan.n_updates}"
-        if not isinstance(seconds, (int, float)) or not seconds >= 0:
+        if not isinstance(seconds, (int, float)) or not 0 <= seconds < math.inf:
             return f"seconds={seconds!r} is no time"
         lists = list(history.values()) if isinstance(history, dict) else [None]
         if not all(isinstance(v, list) and all(isinstance(x, (int, float)) for x in v) for v in lists):
             return "its history is none"
-        if len(history.get("loss", [])) != t:
-            return f"its history has {len(history.get('loss', []))} losses after {t} updates"
+        losses = history.get("loss", [])
+        if len(losses) != t or not all(map(math.isfinite, losses)):
+            return f"its history has {len(losses)} losses after {t} updates, or one that is no number"
         order = tensors.get("order", torch.empty(0))
-        if order.dtype != torch.int64 or order.ndim != 1 or not ((order >= 0) & (order < len(self.images))).all():
+        known = order.dtype == torch.int64 and order.ndim == 1 and ((order >= 0) & (order < len(self.images))).all()
+        if not known or len(order.unique()) < len(order):
             return "its order of the images is none"
         wanted = {name: (value.shape, value.dtype) for name, value in self._state()[0].items()} | {
             f"adam.{i}.{moment}": (torch.Size(), torch.float32) if moment == "step" else (p.shape, p.dtype)
@@ -311,6 +326,14 @@ class TrainingLoop:
         }
         if t > 0 and "adam.0.step" not in tensors:
             return "the moments of the optimizer are missing"
+        if not all(
+            (tensors[name] >= 0).all() for name in tensors if name.startswith("adam.") and name.endswith(".step")
+        ):
+            return "its optimizer has made a negative number of steps"
+        try:
+            torch.Generator().set_state(tensors.get("rng", torch.empty(0)))
+        except (RuntimeError, TypeError) as error:
+            return f"its random state is none ({error})"
         found = {name: (value.shape, value.dtype) for name, value in tensors.items()}
         names = [name for name in sorted({*found, *wanted} - {"order"}) if found.get(name) != wanted.get(name)]
         return f"{', '.join(names[:3])} missing, of no use, or of another shape or type" if names else None

@@ -1,6 +1,7 @@
 """Files that are either whole or refused."""
 
 import json
+import os
 import stat
 
 import pytest
@@ -169,3 +170,18 @@ def test_a_failed_write_names_the_file(tmp_path):
     (tmp_path / "folder").write_text("")
     with pytest.raises(OSError, match=r"what was there before stays .*folder/x\.json"):
         checkpoints.write_json(tmp_path / "folder" / "x.json", {"a": 1})
+
+
+@pytest.mark.parametrize("read", [checkpoints.read_json, checkpoints.read_yaml, checkpoints.load])
+def test_a_pipe_is_refused_before_it_is_waited_for(tmp_path, read):
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(CheckpointError, match="pipe or a device"):
+        read(tmp_path / "pipe")
+
+
+def test_a_device_that_is_not_there_does_not_call_the_file_damaged(tmp_path):
+    checkpoints.save(tmp_path / "x", {"a": torch.zeros(2)}, {})
+    for device in ("nowhere", *([] if torch.cuda.is_available() else ["cuda"])):
+        with pytest.raises(ValueError, match=f"device='{device}'.*is whole") as told:
+            checkpoints.load(tmp_path / "x", device)
+        assert not isinstance(told.value, CheckpointError)

@@ -194,6 +194,31 @@ def test_a_directory_with_another_run_is_left_alone(finished):
     assert {p.name: p.read_bytes() for p in output.iterdir()} == before
 
 
+@pytest.mark.parametrize("left", ["nothing", "no YAML"])
+def test_a_run_that_lost_its_configuration_is_not_overwritten_by_another(finished, tmp_path, left):
+    copy = tmp_path / "run"
+    shutil.copytree(finished[0], copy)
+    (copy / "config.yaml").unlink() if left == "nothing" else (copy / "config.yaml").write_text("{")
+    with pytest.raises(
+        ValueError, match="another configuration" if left == "nothing" else "(?s)config.yaml.*remove that file"
+    ):
+        experiment.run(Config.from_dict(TINY | {"seed": 1}), copy, progress=False)
+    assert (copy / "metrics.json").read_bytes() == (finished[0] / "metrics.json").read_bytes()
+
+
+@pytest.mark.parametrize(
+    "entries",
+    [
+        dict(latent_dims=[1] * 101),
+        dict(system="iaf", latent_dims=[5], options=dict(n_flows=10**6)),
+        dict(system="glow", options=dict(depth=10**6)),
+    ],
+)
+def test_parts_beyond_count_are_refused_before_they_are_built(entries):
+    with pytest.raises(ValueError, match="parts are more than 100"):
+        Config.from_dict(TINY | entries)
+
+
 def test_a_run_depends_on_the_modules_of_its_own_system_alone(tmp_path, monkeypatch):
     def sources():
         return provenance.source_hash(experiment.modules("short_run"))

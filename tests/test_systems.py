@@ -1,5 +1,6 @@
 """What all seven systems refuse alike: images and plans that are none, a state of a training that is none."""
 
+import math
 import sys
 from pathlib import Path
 from unittest.mock import patch
@@ -55,6 +56,49 @@ def test_images_that_cannot_be_learned_from_are_refused_before_the_first_update(
 
 
 @pytest.mark.parametrize("system", kills.OWN)
+def test_learning_needs_gradients_dense_images_and_a_folder(system, systems, tmp_path):
+    (tmp_path / "file").touch()
+    with torch.no_grad(), pytest.raises(ValueError, match="outside of torch.no_grad"):
+        systems[system].fit(X, PLAN, progress=False)
+    with pytest.raises(ValueError, match="to_dense"):
+        systems[system].fit(X.to_sparse(), PLAN, progress=False)
+    with pytest.raises(ValueError, match="file' is a file; name a folder"):
+        systems[system].fit(X, PLAN, directory=tmp_path / "file", progress=False)
+
+
+@pytest.mark.parametrize("system", kills.OWN)
+def test_gradients_of_before_are_there_after_learning(system):
+    learner = kills.config_of(system).build((1, 28, 28))
+    given = [torch.ones_like(p) for p in learner.parameters()]
+    for p, grad in zip(learner.parameters(), given):
+        p.grad = grad
+    learner.fit(X, PLAN, torch.Generator().manual_seed(0), progress=False)
+    assert all(p.grad is grad and (grad == 1).all() for p, grad in zip(learner.parameters(), given))
+
+
+@pytest.mark.parametrize("system", kills.OWN)
+def test_weights_that_are_no_numbers_make_no_images_and_no_latents(system):
+    broken = kills.config_of(system).build((1, 28, 28))
+    with torch.no_grad():
+        for p in broken.parameters():
+            p.fill_(torch.nan)
+    with pytest.raises(FloatingPointError, match="smaller learning rate"):
+        broken.sample(2, rng=torch.Generator().manual_seed(0))
+    with pytest.raises(ArithmeticError):
+        broken.infer(X)
+
+
+def test_a_training_goes_on_with_the_step_size_that_it_began_with_or_not_at_all(tmp_path):
+    def learner(step_size):
+        torch.manual_seed(0)
+        return srlib.ShortRun(srlib.TopDownGenerator((2,), (1, 28, 28), 2, 7), 2, step_size, 0.3)
+
+    learner(1e-3).fit(X, PLAN, torch.Generator().manual_seed(0), tmp_path, progress=False)
+    with pytest.raises(checkpoints.CheckpointError, match="settings differ"):
+        learner(2e-3).fit(X, PLAN, torch.Generator().manual_seed(0), tmp_path, progress=False)
+
+
+@pytest.mark.parametrize("system", kills.OWN)
 def test_a_plan_that_is_none_is_refused(system, systems):
     with pytest.raises(ValueError, match="dict"):
         systems[system].fit(X, {"n_updates": 2}, progress=False)
@@ -83,6 +127,11 @@ DAMAGES = {
     "random state of floats": lambda t, m: t.update(rng=t["rng"].double()),
     "a short random state": lambda t, m: t.update(rng=t["rng"][:8].clone()),
     "no order": lambda t, m: t.pop("order"),
+    "an image twice in the order": lambda t, m: t.update(order=torch.zeros(2, dtype=torch.int64)),
+    "a loss that is no number": lambda t, m: m["history"]["loss"].__setitem__(0, math.nan),
+    "a random state of zeros": lambda t, m: t["rng"].zero_(),
+    "a negative number of steps": lambda t, m: t["adam.0.step"].fill_(-5),
+    "seconds without end": lambda t, m: m.update(seconds=math.inf),
     "order out of range": lambda t, m: t.update(order=t["order"] + 1000),
     "no moments": lambda t, m: [t.pop(name) for name in list(t) if name.startswith("adam")],
     "a moment missing": lambda t, m: t.pop(first(t, "adam.0.", "exp_avg")),

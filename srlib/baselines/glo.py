@@ -27,7 +27,7 @@ from torch import Tensor
 
 from ..generators import Generator, check_positive, check_whole, given_or_fresh, randn_like
 from ..posterior import Posterior, frozen
-from ..system import Source, System
+from ..system import Source, System, of_numbers
 from ..training import History, TrainingLoop, TrainingPlan, check_training
 from ._options import checked_options
 
@@ -126,7 +126,7 @@ class GLO(System):
             e, loss = self._descended(posterior, projected(self._draw(len(x), rng)))
             best = torch.where((loss < least)[:, None], e, best)
             least = torch.minimum(loss, least)
-        return best
+        return of_numbers("latents", best)
 
     def sample(self, n: int, source: Source = "prior", rng: torch.Generator | None = None) -> Tensor:
         """n new images [n, C, H, W] in [-1, 1].

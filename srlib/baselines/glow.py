@@ -30,7 +30,7 @@ from torch.nn import functional as F
 from .. import distributed
 from ..generators import Generator, check_whole, given_or_fresh, uniform_like
 from ..posterior import check_finite, check_images
-from ..system import Source, System
+from ..system import Source, System, of_numbers
 from ..training import History, TrainingLoop, TrainingPlan
 from ._options import checked_options
 
@@ -317,7 +317,7 @@ class Glow(System):
             )
         check_images(self.generator, x)
         check_finite(x)
-        return self.generator.inverse(x)[0]
+        return of_numbers("latents", self.generator.inverse(x)[0])
 
     def decode(self, e: Tensor) -> Tensor:
         """f^-1(e) [n, C, H, W], clipped to [-1, 1] (which changes no image that was in it)."""

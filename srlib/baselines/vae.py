@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from ..generators import Generator, check_whole, given_or_fresh, randn_like
 from ..posterior import Posterior
-from ..system import NoisySystem, check_fraction
+from ..system import NoisySystem, check_fraction, of_numbers
 from ..training import History, TrainingLoop, TrainingPlan
 from ._encoder import BottomUpEncoder
 from ._options import checked_options
@@ -113,7 +113,7 @@ class VAE(NoisySystem):
             if posterior.mask is not None:
                 for _ in range(ROUNDS):
                     draw = self.draw(torch.where(posterior.mask > 0, posterior.x, draw.decode()), rng)
-        return draw.e
+        return of_numbers("latents", draw.e)
 
     def elbo(self, x: Tensor, n_samples: int = 1, rng: torch.Generator | None = None) -> Tensor:
         """The lower bound of log p(x) in nats [n], with all constants and the final sigma, for images x [n, C, H, W].
