@@ -101,6 +101,12 @@ def arguments(said: str) -> dict[str, int]:
     return {"properties": int(passed[-1]), "examples": sum(map(int, examples))}
 
 
+def commit() -> str:
+    """What is tested, for the record."""
+    git = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True)
+    return git.stdout.strip() if git.returncode == 0 else "unknown"
+
+
 def summary(found: dict[str, Any], seconds: float) -> str:
     """The counts in a few lines."""
     kills_of, files = found["kills"].values(), found["readers"].values()
@@ -123,7 +129,7 @@ def main() -> int:
         print("\n".join(f"--- {name}\n{output}" for name, output in failed.items()))
         return 1
     found, seconds = counts(done), time.monotonic() - started
-    record = {"results": found, "seed": seed, "date": date.today().isoformat(), "seconds": seconds}
+    record = {"results": found, "seed": seed, "date": date.today().isoformat(), "seconds": seconds, "commit": commit()}
     checkpoints.write_json(RECORD, record | {"environment": provenance.environment()})
     print(summary(found, seconds))
     return 0
