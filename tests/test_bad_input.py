@@ -802,15 +802,13 @@ def batch(c, *sizes):
     return 0.5 * torch.randn(*sizes, 1, 2, 2, generator=seeded(4), dtype=c.dtype)
 
 
-def several(*sizes, wrong=lambda t: []):
+def several(*sizes, wrong=lambda t: [], shapes=lambda t: [t[:0], t[0, ..., 0], t[..., :1]]):
     """Images, or draws of them, of which floats of any kind fit alone."""
 
     def kind(c):
         t = batch(c, *sizes)
         bad = [
-            t[:0],
-            t[0, ..., 0],
-            t[..., :1],
+            *shapes(t),
             (255 * t).to(torch.uint8),
             t.tolist(),
             None,
@@ -868,7 +866,7 @@ def hidden_spread(c, **given):
     check(inpainting.hidden_spread(**given).detach(), (3,), c.dtype)
 
 
-@public(models=["point"], draws=several(4, 3, wrong=lambda t: [t[:1], t[None]]))
+@public(models=["point"], draws=several(4, 3, shapes=lambda t: [t[:1], t[None], t[0]]))
 def pixel_spread(c, draws):
     check(inpainting.pixel_spread(draws).detach(), (3, 1, 2, 2), c.dtype)
 
@@ -1141,6 +1139,8 @@ def untouched(c, given):
 
 # Arguments that a message calls by what they are.
 ALIASES = {"common": "e_0|eps", "axes": "grid", "image_shape": "image side", "images": "x", "factors": "factor"}
+# Messages that could be clearer: they call the start of a chain e, and a data set by its network.
+ALIASES |= {"initial": "e", "exact_sample": "e", "name": "network"}
 
 
 def names(message, name, value):

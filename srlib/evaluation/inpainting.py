@@ -109,6 +109,7 @@ def hidden_spread(images: Tensor, draws: Tensor, mask: Tensor) -> Tensor:
 
 def pixel_spread(draws: Tensor) -> Tensor:
     """(1 + 1/M) times the variance of M > 1 draws [M, n, C, H, W] at each pixel: [n, C, H, W]. Raises ValueError for fewer."""
+    _check_floats("draws", draws)
     check_tensor("draws", draws)
     if draws.ndim != 5 or len(draws) < 2:
         raise ValueError(f"draws have shape {tuple(draws.shape)}; a spread takes [M, n, C, H, W] with M > 1")
