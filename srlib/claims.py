@@ -120,10 +120,12 @@ class Judged(NamedTuple):
 
 
 def load_claims(path: Path) -> list[Claim]:
-    """The ledger. ValueError: an entry that is unknown, missing or twice there."""
+    """The ledger. Raises ValueError for a file that is no list, and an entry that is unknown, missing or twice there."""
     claims = []
-    for entry in checkpoints.read_yaml(path):
+    for entry in comparison.entries(path):
         try:
+            if isinstance(entry["runs"], str):
+                raise TypeError("runs must be a list of names")
             claims.append(Claim(**entry | {"runs": tuple(entry["runs"])}))
         except (TypeError, KeyError) as error:
             raise ValueError(f"{path}: the claim {entry!r} is not complete, or has unknown entries: {error}") from error
@@ -134,7 +136,12 @@ def load_claims(path: Path) -> list[Claim]:
 
 
 def judge(claim: Claim, results: Path, n_images: float = math.inf) -> list[Judged]:
-    """The verdict on each case, from the runs in the folder `results` of a profile; for a preview, on `n_images` images at most."""
+    """The verdict on each case, from the runs in the folder `results` of a profile; for a preview, on `n_images` images at most.
+
+    Raises ValueError for what is no claim or no folder.
+    """
+    if not isinstance(claim, Claim) or not isinstance(results, Path):
+        raise ValueError(f"claim={claim!r} must be a Claim, and results={results!r} a pathlib.Path")
     judged = []
     for case in claim.all_cases():
         runs = [_seeds(results, name) for name in case.runs]
@@ -156,7 +163,17 @@ def judge(claim: Claim, results: Path, n_images: float = math.inf) -> list[Judge
 
 
 def verdict(evidence: Evidence, above: float, below: float) -> str:
-    """Whether the whole interval of the evidence is between `above` and `below`, all outside on one side, or neither."""
+    """Whether the whole interval of the evidence is between `above` and `below`, all outside on one side, or neither.
+
+    Raises ValueError for bounds, or ends of the interval, in the wrong order.
+    """
+    if not isinstance(evidence, Evidence) or evidence.lower > evidence.upper:
+        raise ValueError(f"evidence={evidence!r} must be an Evidence with lower <= upper")
+    for name, bound in (("above", above), ("below", below)):
+        if isinstance(bound, bool) or not isinstance(bound, (int, float)):
+            raise ValueError(f"{name}={bound!r} must be a number, infinite for no bound")
+    if not above < below:
+        raise ValueError(f"nothing is between above={above} and below={below}; give the lower bound as above")
     if above < evidence.lower and evidence.upper < below:
         return HOLDS
     return FAILS if evidence.upper <= above or evidence.lower >= below else INCONCLUSIVE
@@ -166,7 +183,10 @@ def overall(judged: Sequence[Judged]) -> str:
     """The verdict on all cases that were run: it holds where all do, fails where one does and none holds, is mixed where both happen.
 
     Otherwise it is inconclusive, however many cases hold. It is "for one seed" where it rests on such a case.
+    Raises ValueError where there are no cases.
     """
+    if not judged:
+        raise ValueError(f"judged={judged!r} has no cases; give at least one, as `judge` does")
     run = [case.verdict for case in judged if case.verdict not in (NOT_RUN, DIVERGED)]
     if not run:
         return min(case.verdict for case in judged)
@@ -493,7 +513,14 @@ UNITS = dict.fromkeys(QUANTITIES, "") | {
 
 
 def over(values: Sequence[float], of: str) -> Evidence:
-    """The mean of independent values with Student's interval, infinite where they show no spread. of: such as "seeds"."""
+    """The mean of independent values with Student's interval, infinite where they show no spread. of: such as "seeds".
+
+    Raises ValueError unless there is a value, and all are finite numbers.
+    """
+    if isinstance(values, str) or not isinstance(values, Sequence) or not values:
+        raise ValueError(f"values={values!r} must be a sequence of at least one number")
+    if wrong := [v for v in values if isinstance(v, bool) or not isinstance(v, (int, float)) or not math.isfinite(v)]:
+        raise ValueError(f"values hold {wrong[0]!r}; leave out what is no finite number")
     n = len(values)
     if n == 1 or len(set(values)) == 1:  # the same point of a grid for all seeds says nothing about the next one
         return Evidence(values[0], -math.inf, math.inf, f"{n} {of if n > 1 else of.removesuffix('s')}")

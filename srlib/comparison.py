@@ -211,10 +211,12 @@ def gap(score: Score, other: Score) -> Gap:
     return Gap(score.value - other.value, sum(parts) ** 0.5, decisive, min(s.n_seeds for s in both) < 2)
 
 
-def cell(runs: Iterable[Run], dataset: str, row: Row, read: Reader, digits: int = 4) -> str:
-    """A score as a table shows it, or why there is none; `ONE_SEED` where its error is over images; how many trainings diverged."""
-    folders = {run.directory.parent for run in runs}
-    lost = [run for folder in folders for run in diverged_runs(folder) if (run.dataset, run.row) == (dataset, row)]
+def cell(runs: Iterable[Run], diverged: Iterable[Run], dataset: str, row: Row, read: Reader, digits: int = 4) -> str:
+    """A score as a table shows it, or why there is none; `ONE_SEED` where its error is over images; how many trainings diverged.
+
+    runs, diverged : what `finished_runs` and `diverged_runs` find in the folder of a profile.
+    """
+    runs, lost = [*runs], [run for run in diverged if (run.dataset, run.row) == (dataset, row)]
     found = score(runs, dataset, row, read)
     if found is None:
         there = any(run.dataset == dataset and run.row == row for run in runs)
@@ -232,8 +234,11 @@ def squared_error(metrics: dict[str, Any]) -> tuple[float, float | None] | None:
 def distance(kind: str, source: str) -> Reader:
     """A `Reader` of the distance from the data of samples from the "prior" or the "aggregate" posterior.
 
-    kind : "fd" or "kid" on the features of our own network, or "fid".
+    kind : "fd" or "kid" on the features of our own network, or "fid". Raises ValueError for other kinds and sources.
     """
+    for name, value, known in (("kind", kind, ("fd", "kid", "fid")), ("source", source, ("prior", "aggregate"))):
+        if value not in known:
+            raise ValueError(f"{name}={value!r} must be one of {', '.join(known)}")
 
     def read(metrics: dict[str, Any]) -> tuple[float, float | None] | None:
         found = metrics["scores"].get(f"samples_{source}_inception" if kind == "fid" else f"samples_{source}", {})
@@ -249,26 +254,58 @@ def distance_name(samples: dict[str, Any], kind: str) -> str | None:
     return next((name for name in samples if name.split("_")[0] == kind and not name.endswith(ends)), None)
 
 
+def entries(path: Path) -> list[dict[str, Any]]:
+    """The entries of a YAML file that is a list of mappings. Raises ValueError for any other."""
+    found = checkpoints.read_yaml(path)
+    if not isinstance(found, list):
+        raise ValueError(f"{path} holds {found!r:.80}; it must be a list of entries, such as - {{name: value}}")
+    for entry in found:
+        if not isinstance(entry, dict):
+            raise ValueError(f"{path}: the entry {entry!r:.80} must be a mapping, such as {{name: value}}")
+    return found
+
+
 def paper_tables(path: Path) -> dict[tuple[int | str, str, int, str, str], float]:
-    """(table, system, layers, dataset, "mse" or "fid") -> the number that the paper prints."""
-    return {
-        (row["table"], row["system"], row["layers"], dataset, name): value
-        for row in checkpoints.read_yaml(path)
-        if "steps" not in row
-        for dataset in DATASETS
-        for name, value in row.get(dataset, {}).items()
-    }
+    """(table, system, layers, dataset, "mse" or "fid") -> the number that the paper prints.
+
+    Raises ValueError for a file that is no list of rows, and a row that is not complete.
+    """
+    found = {}
+    for row in entries(path):
+        try:
+            where = None if "steps" in row else (row["table"], row["system"], row["layers"])
+            numbers = [(d, name, value) for d in DATASETS for name, value in row.get(d, {}).items()]
+        except (KeyError, AttributeError) as error:
+            raise ValueError(
+                f"{path}: the row {row!r} is not complete: {error}; give table, system, layers and, by dataset, {{mse: 0.1, fid: 10}}"
+            ) from error
+        if where is not None:
+            found |= {(*where, dataset, name): value for dataset, name, value in numbers}
+    return found
 
 
 def table(rows: Iterable[Iterable[object]], columns: Iterable[str]) -> str:
-    """A Markdown table of texts and whole numbers, as they are."""
+    """A Markdown table of texts and whole numbers, as they are: texts are Markdown, whose links, formulas and HTML are shown as such.
+
+    So texts of strangers are to be escaped (`html.escape`) before. A "|" would end a cell, and becomes "\\|" where it is not yet.
+    Raises ValueError unless each row has an entry for each column.
+    """
     import pandas as pd
 
-    return pd.DataFrame(rows, columns=list(columns)).to_markdown(index=False, disable_numparse=True)
+    rows, columns = ([[*_iterated("rows", row)] for row in _iterated("rows", rows)], [*_iterated("columns", columns)])
+    if wrong := [row for row in rows if len(row) != len(columns)]:
+        raise ValueError(f"rows hold {wrong[0]!r}; give an entry for each of columns={columns!r}")
+    shown, *cells = [
+        [re.sub(r"(?<!\\)\|", r"\|", v) if isinstance(v, str) else v for v in row] for row in (columns, *rows)
+    ]
+    return pd.DataFrame(cells, columns=shown).to_markdown(index=False, disable_numparse=True)
 
 
 def listed(names: Iterable[str]) -> str:
-    """a, b and c."""
+    """a, b and c. Raises ValueError where there is nothing to list."""
+    names = [*_iterated("names", names)]
+    if not names or not all(isinstance(name, str) for name in names):
+        raise ValueError(f"names={names!r} must be at least one text")
     *first, last = names
     return f"{', '.join(first)} and {last}" if first else last
 
@@ -292,6 +329,12 @@ def pictures(rows: Mapping[str, Tensor]) -> Figure:
     axis.text(0.5, 0.5, "not run in this profile", ha="center", va="center")
     axis.set_axis_off()
     return figure
+
+
+def _iterated(name: str, values: Iterable[Any]) -> Iterable[Any]:
+    if not isinstance(values, Iterable):
+        raise ValueError(f"{name}={values!r} must be a list")
+    return values
 
 
 def _of_the_tables(config: dict[str, Any]) -> bool:

@@ -21,9 +21,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import srlib
-from srlib import entropy, plots, step_size
+from srlib import claims, comparison, entropy, plots, step_size
 from srlib.brute_force import regular_axes, short_run_density
-from srlib.evaluation import frechet, likelihood, reconstruction
+from srlib.evaluation import factors, frechet, inpainting, likelihood, mismatch, reconstruction
 from srlib.samplers import hmc, mala
 from srlib.variants import Variant, run_variant, variant_objective
 
@@ -794,6 +794,308 @@ def short_run_system(c, **given):
     assert srlib.ShortRun(c.g, **given).settings()["step_size"] == pytest.approx(given["step_size"])
 
 
+# --- evaluation, claims and tables -------------------------------------------------------------------------------------
+
+
+def batch(c, *sizes):
+    """Images of four pixels; those of the context may have one, which cannot be hidden in part."""
+    return 0.5 * torch.randn(*sizes, 1, 2, 2, generator=seeded(4), dtype=c.dtype)
+
+
+def several(*sizes, wrong=lambda t: [], shapes=lambda t: [t[:0], t[0, ..., 0], t[..., :1]]):
+    """Images, or draws of them, of which floats of any kind fit alone."""
+
+    def kind(c):
+        t = batch(c, *sizes)
+        bad = [
+            *shapes(t),
+            (255 * t).to(torch.uint8),
+            t.tolist(),
+            None,
+            1.0,
+            *unfinite(t),
+            *wrong(t),
+        ]
+        return Kind(forms(t), st.sampled_from(bad))
+
+    return kind
+
+
+def halves(c):
+    left = torch.tensor([[True, False]])
+    wrong = [torch.ones(3), torch.ones(1, 3, 1, 2, 2), [[1.0]], None, "all", 1, 0.3 * left, math.nan * left]
+    return Kind(st.sampled_from([left, left.long(), left.double(), left.expand(3, 1, 2, 2)]), st.sampled_from(wrong))
+
+
+PICTURES = several(3)
+OF_FILL = dict(images=PICTURES, mask=halves, training=several(5, wrong=lambda t: [t.to(FLOATS[t.dtype == FLOATS[0]])]))
+OF_DRAWS = dict(
+    images=lambda c: Kind(PICTURES(c).good, PICTURES(c).bad.filter(lambda v: v is None or isinstance(v, list))),
+    draws=several(4, 3, wrong=lambda t: [t[:, :2], t[None]]),
+    mask=halves,
+)
+
+
+@public(
+    models=["point"],
+    kind=choice(*inpainting.KINDS),
+    n=whole(1, 3),
+    image_shape=Kind(
+        st.sampled_from([(1, 3, 4), [3, 4, 4]]), st.sampled_from([(3, 4), (1, 0, 4), (1, 3.0, 4), 3, None, "abc"])
+    ),
+    rate=Kind(st.floats(0.2, 0.8), st.sampled_from([0, 1, -0.1, 1e-9, math.nan, math.inf, True, "0.5", None])),
+    rng=NUMBER_GENERATOR,
+)
+def observed_mask(c, **given):
+    check(inpainting.observed_mask(**given).double(), (given["n"], 1, *given["image_shape"][1:]))
+
+
+@public(models=["plane"], images=PICTURES, mask=halves, n_draws=whole(1, 2), rng=NUMBER_GENERATOR)
+def inpaintings(c, images, **given):
+    images = images[:, :1] if isinstance(images, torch.Tensor) and images.ndim == 4 else images
+    check(inpainting.inpaintings(system(c), images, **given), (given["n_draws"], 3, 1, 2, 2), c.dtype)
+
+
+@public(models=["point"], images=PICTURES, inpainted=several(3, wrong=lambda t: [t[:2], t[None, None]]), mask=halves)
+def hidden_squared_error(c, **given):
+    check(inpainting.hidden_squared_error(**given).detach(), (3,), c.dtype)
+
+
+@public(models=["point"], **OF_DRAWS)
+def hidden_spread(c, **given):
+    check(inpainting.hidden_spread(**given).detach(), (3,), c.dtype)
+
+
+@public(models=["point"], draws=several(4, 3, shapes=lambda t: [t[:1], t[None], t[0]]))
+def pixel_spread(c, draws):
+    check(inpainting.pixel_spread(draws).detach(), (3, 1, 2, 2), c.dtype)
+
+
+@public(
+    models=["point"],
+    **OF_DRAWS,
+    sigma=Kind(st.floats(0, 2) | st.just(0), st.sampled_from([-1, math.nan, math.inf, True, "0.1", None, 10**400])),
+    rng=NUMBER_GENERATOR,
+)
+def rank_of_truth(c, **given):
+    ranks = inpainting.rank_of_truth(**given)
+    assert ranks.shape == (3,) and ranks.min() >= 0 and ranks.max() <= 4
+
+
+@public(models=["point"], **OF_FILL)
+def mean_fill(c, **given):
+    check(inpainting.mean_fill(**given).detach(), (3, 1, 2, 2), c.dtype)
+
+
+@public(models=["point"], **OF_FILL)
+def nearest_fill(c, **given):
+    check(inpainting.nearest_fill(**given).detach(), (3, 1, 2, 2), c.dtype)
+
+
+@public(models=["point"], **OF_FILL, ridge=positive(0.1, 2.0))
+def linear_fill(c, **given):
+    check(inpainting.linear_fill(**given).detach(), (3, 1, 2, 2), c.dtype)
+
+
+POSTERIOR = lambda c: Kind(st.just(c.posterior), st.sampled_from([None, 3, "posterior", c.g]))  # noqa: E731
+NUMBER_OR_SCHEDULE = Kind(
+    st.sampled_from([1e-3, torch.tensor(1e-3), torch.full((3, 1, 1), 1e-3)]),
+    st.sampled_from([0.0, -1, math.nan, True, "0.1", None, torch.ones(2, 1, 1), torch.ones(3), torch.tensor(-1.0)]),
+)
+OF_CHAINS = dict(posterior=POSTERIOR, n_steps=Kind(st.just(3), whole(1, 3).bad), step_size=NUMBER_OR_SCHEDULE)
+
+
+@public(models=["point", "plane"], **OF_CHAINS, n_chains=whole(1, 2), rng=NUMBER_GENERATOR)
+def objective_by_steps(c, **given):
+    check(mismatch.objective_by_steps(**given), (4, c.n))
+
+
+@public(models=["point"], **OF_CHAINS, n_chains=whole(1, 2), rng=NUMBER_GENERATOR)
+def short_run_divergence(c, **given):
+    check(mismatch.short_run_divergence(**given), (c.n,))
+
+
+@public(
+    models=["point"],
+    jacobians=tensor(
+        lambda c: (3, 2, 2, 2), shapes=lambda t: [t[0], t[..., :1], t[None]], types=lambda t: other_types(t)[:-1]
+    ),
+    step_size=NUMBER_OR_SCHEDULE,
+)
+def noise_log_dets(c, **given):
+    check(mismatch.noise_log_dets(**given).detach().double(), (4, 2))
+
+
+@public(models=["point"], posterior=POSTERIOR, rng=NUMBER_GENERATOR)
+def log_marginal(c, **given):
+    check(mismatch.log_marginal(**given), (c.n,))
+
+
+@public(
+    models=["plane"],
+    images=lambda c: several(3)(c),
+    sigma=SIGMA,
+    n_steps=Kind(st.just(3), whole(1, 3).bad),
+    step_size=NUMBER_OR_SCHEDULE,
+    n_batches=whole(2, 3),
+    rng=NUMBER_GENERATOR,
+)
+def mean_gradients(c, **given):
+    assert mismatch.mean_gradients(c.g, **given).isfinite().all()
+
+
+@public(
+    models=["point"],
+    gradients=tensor(
+        lambda c: (3, 2), shapes=lambda t: [t[:0], t[:1], t[None], t[0]], types=lambda t: other_types(t)[:-1]
+    ),
+)
+def squared_norm_of_mean(c, gradients):
+    check(mismatch.squared_norm_of_mean(gradients).detach(), (), c.dtype)
+
+
+VALUES = torch.linspace(0, 1, 8)
+KNOWN = factors.known_factors({"hue": VALUES, "size": VALUES, "digit": torch.arange(8) % 2})
+OF_FACTORS = dict(
+    factors=Kind(
+        st.just(KNOWN),
+        st.sampled_from([None, {}, 3, "hue", [KNOWN["hue"]], {"hue": VALUES}, {"hue": factors.Factor(VALUES)}]),
+    )
+)
+KIND = choice("linear", "nonlinear")
+
+
+def eight(c):
+    """Features of eight images."""
+    t = torch.randn(8, 2, generator=seeded(1), dtype=c.dtype)
+    return Kind(forms(t), st.sampled_from([t[:7], t[:, :0], t[None], t[0], t.tolist(), None, "x", *unfinite(t)]))
+
+
+@public(
+    models=["point"],
+    factors=Kind(
+        st.just({"hue": VALUES, "digit": torch.arange(8)}),
+        st.sampled_from(
+            [
+                None,
+                3,
+                "hue",
+                {"hue": VALUES, "size": VALUES[:7]},
+                {"hue": None},
+                {"hue": VALUES[:1]},
+                {"hue": VALUES[None]},
+                {"hue": math.nan * VALUES},
+            ]
+        ),
+    ),
+    angles=Kind(st.sampled_from([(), ("hue",), ["size"]]), st.sampled_from(["hue", None, 3])),
+)
+def known_factors(c, **given):
+    assert all(f.values.dtype == torch.float64 and len(f.values) == 8 for f in factors.known_factors(**given).values())
+
+
+@public(models=["point"], **OF_FACTORS, rng=NUMBER_GENERATOR)
+def shuffled(c, **given):
+    assert factors.shuffled(**given).keys() == KNOWN.keys()
+
+
+@public(models=["point"], features=eight, **OF_FACTORS, kind=KIND, n_folds=whole(2, 4), rng=NUMBER_GENERATOR)
+def told(c, **given):
+    assert factors.told(**given).keys() == KNOWN.keys()
+
+
+@public(
+    models=["point"],
+    layers=lambda c: Kind(
+        st.integers(1, 3).map(lambda n: [torch.randn(8, 2, generator=seeded(1), dtype=c.dtype)] * n),
+        st.sampled_from([[], None, 3, torch.ones(2, 8, 2), [None], [torch.ones(7, 2)], [torch.ones(8)]]),
+    ),
+    **OF_FACTORS,
+    kind=KIND,
+    seed=Kind(st.integers(-3, 3), st.sampled_from(["a", None, 1.0, True, 2**64])),
+)
+def layer_shares(c, layers, factors, kind, seed):
+    n = len(layers) if isinstance(layers, list) else 0
+    check(srlib.evaluation.factors.layer_shares(layers, factors, kind, seed).of_layer, (n, 3))
+
+
+@public(models=["point"], features=eight, **OF_FACTORS, kind=KIND)
+def probe(c, **given):
+    check(factors.Probe(**given)(given["features"])["hue"], (8, 2))
+
+
+@public(images=many_images, rng=NUMBER_GENERATOR, noises=FLAG)
+def inferred_layers(c, **given):
+    check(torch.cat(factors.inferred_layers(system(c), **given), 1), (8, c.d), c.dtype)
+
+
+def means(images):
+    """What a reader sees: the mean of an image."""
+    return {"size": images.flatten(1).mean(1, keepdim=True).double()}
+
+
+READER = Kind(st.just(means), st.sampled_from([None, 3, "means"]))
+
+
+@public(models=["point"], read=READER, factors=Kind(st.just({"size": KNOWN["size"]}), OF_FACTORS["factors"].bad))
+def read_accuracy(c, **given):
+    assert math.isfinite(factors.read_accuracy(images=torch.ones(8, 1, 2, 2), **given)["size"])
+
+
+@public(models=["top-down"], read=READER, n=whole(2, 3), rng=NUMBER_GENERATOR)
+def layer_effects(c, **given):
+    assert len(factors.layer_effects(c.g, **given)["size"]) == 2
+
+
+@public(
+    models=["point"],
+    values=Kind(
+        st.lists(st.floats(-1, 1), min_size=1, max_size=4),
+        st.sampled_from([[], None, 3, "12", [math.nan], [math.nan, 1.0], [math.inf, 1.0], ["1"], [None, 1.0], [True]]),
+    ),
+)
+def over(c, values):
+    found = claims.over(values, "seeds")
+    assert found.lower <= found.effect + 1e-12 and found.effect <= found.upper + 1e-12
+
+
+BOUND = [None, "0", True, math.nan]
+
+
+@public(
+    models=["point"],
+    evidence=Kind(
+        st.just(claims.Evidence(0.5, 0.4, 0.6, "3 seeds")), st.sampled_from([None, claims.Evidence(0.5, 0.6, 0.4, "")])
+    ),
+    above=Kind(st.floats(-2, 1) | st.just(-math.inf), st.sampled_from([*BOUND, math.inf])),
+    below=Kind(st.floats(1.5, 2) | st.just(math.inf), st.sampled_from([*BOUND, -math.inf])),
+)
+def verdict(c, evidence, above, below):
+    assert claims.verdict(evidence, above, below) in (claims.HOLDS, claims.FAILS, claims.INCONCLUSIVE)
+
+
+@public(
+    models=["point"],
+    rows=Kind(st.just([("a", 1), ("b|c", 2)]), st.sampled_from([None, 3, [("a",)], [3], [("a", 1, 2)]])),
+    columns=Kind(st.just(["x", "y"]), st.sampled_from([None, 3, [], ["x"]])),
+)
+def table(c, **given):
+    assert comparison.table(**given).count("\n") == 3
+
+
+@public(
+    models=["point"],
+    names=Kind(st.lists(st.text(), min_size=1, max_size=3), st.sampled_from([[], "", None, 3, [3], [None, "a"]])),
+)
+def listed(c, **given):
+    assert isinstance(comparison.listed(**given), str)
+
+
+@public(models=["point"], kind=choice("fd", "kid", "fid"), source=choice("prior", "aggregate"))
+def distance(c, **given):
+    assert comparison.distance(**given)({"scores": {}}) is None
+
+
 # --- what must hold ----------------------------------------------------------------------------------------------------
 
 
@@ -810,11 +1112,24 @@ def tensors(value):
 
 @contextlib.contextmanager
 def untouched(c, given):
-    """Fails unless tensors, gradients, modules and torch's global state are afterwards what they were."""
+    """Fails unless tensors, gradients, modules and torch's global state are afterwards what they were.
+
+    Parameters and leaves have gradients before, as in the middle of the caller's own update.
+    """
     watched = [*c.g.parameters(), c.posterior.x, *tensors(list(given.values()))]
     before = [(t.detach().clone(), t.requires_grad, t._version) for t in watched]
+    leaves = [t for t in watched if t.is_leaf and t.requires_grad]
+    gradients = [torch.full_like(t, 0.5, requires_grad=False) for t in leaves]
+    for t, gradient in zip(leaves, gradients):
+        t.grad = gradient
     training, state = [m.training for m in c.g.modules()], torch.get_rng_state()
-    yield
+    try:
+        yield
+        for t, gradient in zip(leaves, gradients):
+            assert t.grad is gradient and (gradient == 0.5).all() and gradient._version == 0
+    finally:
+        for t in leaves:  # generators are shared by examples
+            t.grad = None
     for t, (values, requires_grad, version) in zip(watched, before):
         assert torch.equal(t.detach().nan_to_num(), values.nan_to_num()) and t.requires_grad == requires_grad
         assert t._version == version and (not t.is_leaf or t.grad is None)
@@ -823,16 +1138,33 @@ def untouched(c, given):
 
 
 # Arguments that a message calls by what they are.
-ALIASES = {"common": "e_0|eps", "axes": "grid", "image_shape": "image side", "images": "x"}
+ALIASES = {"common": "e_0|eps", "axes": "grid", "image_shape": "image side", "images": "x", "factors": "factor"}
+# Messages that could be clearer: they call the start of a chain e, and a data set by its network.
+ALIASES |= {"initial": "e", "exact_sample": "e", "name": "network"}
 
 
 def names(message, name, value):
-    """Does the message say which argument it is, or show its value, shape or type?"""
-    shown = [repr(value), str(value)]
+    """Does the message say which argument it is, or show its value, shape or type, if these are long enough to be no chance?
+
+    A name of one letter counts where something is said of it: n in "[n, d]" is a size of another argument.
+    """
+    shown = [] if value is None or isinstance(value, bool) else [repr(value), str(value)]
     for t in tensors(value):
         shown += [str(tuple(t.shape)), str(list(t.shape)), str(t.dtype)]
     known = rf"\b({name}|{ALIASES.get(name, name)})\b"
-    return bool(re.search(known, message)) or any(s in message for s in shown)
+    if len(name) == 1:
+        known = rf"\b{name}(=| (has|have|holds?|is|must)\b)|tensor {name}\b"
+    return bool(re.search(known, message)) or any(len(s) > 3 and s in message for s in shown)
+
+
+@pytest.mark.parametrize(
+    "message, name, value, expected",
+    [("n=0 must be", "n", 0, True), ("give [n, d], at least 0", "n", 0, False), ("rng must be", "seed", None, False), ("not 3", "mask", 3, False),
+     ("None of them", "mask", None, False), ("x has shape (3, 1)", "images", torch.ones(3, 1), True), ("it is 'nonsense'", "kind", "nonsense", True),
+     ("x is no tensor", "x", 3, True), ("", "kind", "", False)],
+)  # fmt: skip
+def test_what_names_a_culprit(message, name, value, expected):
+    assert names(message, name, value) == expected
 
 
 def refusal(call, c, given):
@@ -868,3 +1200,25 @@ def test_a_result_or_an_error_that_names_the_culprit(function, data):
 def test_every_function_that_srlib_exports_is_here():
     exported = {name for name in srlib.__all__ if inspect.isfunction(getattr(srlib, name))}
     assert exported - {"load", "to_uint8", "to_unit_range"} <= PUBLIC.keys()  # tests/test_data.py has these
+
+
+# Functions of files and of finished runs, which tests/test_claims.py and tests/test_comparison.py have; and of a large network.
+OF_RUNS = {
+    "load_claims",
+    "judge",
+    "overall",
+    "paper_tables",
+    "entries",
+    "finished_runs",
+    "diverged_runs",
+    "score",
+    "gap",
+    "cell",
+}
+OF_RUNS |= {"squared_error", "distance_name", "prose", "pictures", "image_reader", *claims.QUANTITIES}
+
+
+@pytest.mark.parametrize("module", [inpainting, mismatch, factors, claims, comparison])
+def test_every_function_of_these_modules_is_here(module):
+    own = {name for name, f in vars(module).items() if inspect.isfunction(f) and f.__module__ == module.__name__}
+    assert {name for name in own if not name.startswith("_")} - OF_RUNS <= PUBLIC.keys()

@@ -43,6 +43,19 @@ def test_a_claim_is_meant_for_all_of_its_cases(verdicts, expected):
     assert claims.overall([Judged(claims.Case((), ""), verdict, None) for verdict in verdicts]) == expected
 
 
+@pytest.mark.parametrize(
+    "call, complaint",
+    [(lambda: claims.over([], "seeds"), r"values=\[\] must be"), (lambda: claims.over([math.nan, 1.0], "seeds"), "values hold nan"),
+     (lambda: claims.over(3, "seeds"), "values=3"), (lambda: claims.over(["1"], "seeds"), "values hold '1'"), (lambda: claims.overall([]), r"judged=\[\]"),
+     (lambda: claims.verdict(Evidence(0, -1, 1, ""), 2.0, -2.0), "above=2.0 and below=-2.0"), (lambda: claims.verdict(None, -1, 1), "evidence=None"),
+     (lambda: claims.verdict(Evidence(0, 1, -1, ""), -2, 2), "lower <= upper"), (lambda: claims.verdict(Evidence(0, -1, 1, ""), None, 1), "above=None"),
+     (lambda: claims.judge(None, Path()), "claim=None"), (lambda: claims.judge(claim(["a", "b"]), "here"), "results='here'")],
+)  # fmt: skip
+def test_what_cannot_be_judged_is_refused(call, complaint):
+    with pytest.raises(ValueError, match=complaint):
+        call()
+
+
 def test_the_interval_is_students():
     """t of 2 degrees of freedom at 97.5 % is 4.303; the standard error of 1, 2, 3 is 1 / sqrt(3)."""
     found = claims.over([1.0, 2.0, 3.0], "seeds")
@@ -313,7 +326,8 @@ def test_claims_that_cannot_be_judged_are_refused(given, complaint):
 
 @pytest.mark.parametrize(
     "text, complaint",
-    [("- {name: a}", "not complete"), ("- &a {name: a, statement: s, place: p, quantity: spread_of_ends, runs: [x], chapter: c, below: 1}\n- *a", "more than one"),
+    [("", "holds None; it must be a list"), ("3", "holds 3; it must be a list"), ("- 3", "the entry 3 must be a mapping"), ("- {name: a}", "not complete"),
+     ("- {name: a, statement: s, place: p, quantity: spread_of_ends, runs: xy, chapter: c, below: 1}", "runs must be a list"), ("- &a {name: a, statement: s, place: p, quantity: spread_of_ends, runs: [x], chapter: c, below: 1}\n- *a", "more than one"),
      ("- {name: a, statement: s, place: p, quantity: spread_of_ends, runs: [x], chapter: c, below: 1, verdict: holds}", "unknown entries")],
 )  # fmt: skip
 def test_a_ledger_that_does_not_fit_is_refused(tmp_path, text, complaint):

@@ -96,13 +96,29 @@ def test_scores_of_one_seed_and_of_several(tmp_path):
     runs = comparison.finished_runs(tmp_path, [0, 1])
     assert comparison.score(runs, "digits", row, read) == Score(0.03, 0.001, 1)
     assert comparison.score(runs, "mnist", row, read) is None
-    assert comparison.cell(runs, "digits", row, read) == "0.0300\N{NO-BREAK SPACE}±\N{NO-BREAK SPACE}0.0010†"
-    assert comparison.cell(runs, "mnist", row, read) == "not run"
-    assert comparison.cell(runs, "digits", row, comparison.distance("fd", "prior")) == "no score"
+    assert comparison.cell(runs, [], "digits", row, read) == "0.0300\N{NO-BREAK SPACE}±\N{NO-BREAK SPACE}0.0010†"
+    assert comparison.cell(runs, [], "mnist", row, read) == "not run"
+    assert comparison.cell(runs, [], "digits", row, comparison.distance("fd", "prior")) == "no score"
     write_run(tmp_path, "short_run-digits-L3", mse=0.05, seed=1)
     runs = comparison.finished_runs(tmp_path, [0, 1])
     value, error, n = comparison.score(runs, "digits", row, read)
     assert (value, error, n) == (pytest.approx(0.04), pytest.approx(0.01), 2)  # sd 0.01 sqrt 2, over sqrt 2
+
+
+def test_a_cell_whose_trainings_all_diverged_says_so_even_where_nothing_else_was_run(tmp_path):
+    row, read = Row("vae", 1), comparison.squared_error
+    folder = tmp_path / "vae-digits-seed0"
+    folder.mkdir()
+    config = asdict(experiment.Config("vae-digits", system="vae", latent_dims=(8,)))
+    checkpoints.write_json(folder / "diverged.json", {"config": config, "reason": "it did"})
+
+    def shown(dataset):
+        runs = comparison.finished_runs(tmp_path, [0, 1])
+        return comparison.cell(iter(runs), comparison.diverged_runs(tmp_path), dataset, row, read)
+
+    assert (shown("digits"), shown("mnist")) == ("diverged", "not run")
+    write_run(tmp_path, "vae-digits", system="vae", latent_dims=(8,), seed=1)
+    assert shown("digits").endswith("† (1 diverged)")
 
 
 def test_the_distance_asked_for_is_found(tmp_path):
@@ -143,6 +159,33 @@ def test_a_gap_is_decided_from_two_standard_errors_on_or_more_where_seeds_are_fe
 def test_lists_and_tables_are_texts():
     assert [comparison.listed("abc"[:n]) for n in (1, 2, 3)] == ["a", "a and b", "a, b and c"]
     assert comparison.table([("x", "0.020", 3)], ["a", "b", "c"]).splitlines()[-1].split("|")[2].strip() == "0.020"
+    assert comparison.table([(r"`a|b` *c* \| <i>d</i>", 1)], ["x|y", "n"]).splitlines() == [
+        r"| x\|y                   | n   |",
+        "|:-----------------------|:----|",
+        r"| `a\|b` *c* \| <i>d</i> | 1   |",
+    ]
+    for call, message in (
+        (lambda: comparison.listed([]), r"names=\[\] must be at least one text"),
+        (lambda: comparison.listed(3), "names=3 must be a list"),
+        (lambda: comparison.table([(1, 2)], ["a"]), r"rows hold \[1, 2\]; give an entry for each of columns=\['a'\]"),
+        (lambda: comparison.table(3, ["a"]), "rows=3"),
+        (lambda: comparison.distance("fdd", "prior"), "kind='fdd' must be one of fd, kid, fid"),
+        (lambda: comparison.distance("fd", "posterior"), "source='posterior' must be one of prior, aggregate"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            call()
+
+
+@pytest.mark.parametrize(
+    "text, complaint",
+    [("", "holds None; it must be a list"), ("3", "holds 3; it must be a list"), ("{a: 1}", "holds {'a': 1}; it must be a list"),
+     ("- 3", "the entry 3 must be a mapping"), ("- {table: 1, system: vae}", "row .* is not complete: 'layers'"),
+     ("- {table: 1, system: vae, layers: 1, mnist: 0.1}", "row .* is not complete")],
+)  # fmt: skip
+def test_tables_that_are_none_are_refused(tmp_path, text, complaint):
+    (tmp_path / "tables.yaml").write_text(text)
+    with pytest.raises(ValueError, match=complaint):
+        comparison.paper_tables(tmp_path / "tables.yaml")
 
 
 def test_the_transcribed_tables_agree_where_the_paper_prints_a_number_twice():

@@ -274,3 +274,58 @@ def test_no_other_ridge_predicts_a_gaussian_better_than_its_own_noise():
         return hidden_squared_error(truth, filled, mask).mean()
 
     assert error(sigma**2) < min(error(sigma**2 / 8), error(sigma**2 * 8))
+
+
+IMAGES, HALF, TRAINING = torch.zeros(2, 1, 4, 4), observed_mask("left", 2, (1, 4, 4), 0.5), torch.randn(5, 1, 4, 4)
+NAN = torch.full_like(TRAINING, math.nan)
+
+
+@pytest.mark.parametrize("fill", [mean_fill, nearest_fill, lambda *given: linear_fill(*given, 0.1)])
+@pytest.mark.parametrize(
+    "given, message",
+    [
+        ((IMAGES, None, TRAINING), "mask=None must be a tensor"),
+        ((IMAGES, HALF[..., :3], TRAINING), r"mask has shape \(2, 1, 4, 3\), which does not broadcast"),
+        ((IMAGES, 0.3 * HALF, TRAINING), r"mask must hold 0 \(hidden\)"),
+        ((IMAGES, HALF, TRAINING[..., :3]), r"training has shape \(5, 1, 4, 3\); give .* \[N, 1, 4, 4\]"),
+        ((IMAGES, HALF, TRAINING[:0]), r"training has shape \(0, 1, 4, 4\); give at least one"),
+        ((IMAGES, HALF, TRAINING[0]), r"training has shape \(1, 4, 4\)"),
+        ((IMAGES, HALF, TRAINING.to(torch.uint8)), r"training has dtype torch.uint8; scale"),
+        ((IMAGES, HALF, TRAINING.double()), r"training has dtype torch.float64, images torch.float32"),
+        ((IMAGES, HALF, NAN), "training holds NaN"),
+        ((IMAGES, HALF, None), "training=None"),
+        ((IMAGES.to(torch.uint8), HALF, TRAINING), "images has dtype torch.uint8; scale"),
+        ((IMAGES[:0], HALF[:0], TRAINING), r"images have shape \(0, 1, 4, 4\)"),
+        ((NAN[:2], HALF, TRAINING), "images hold NaN or infinite pixels that are observed"),
+    ],
+)
+def test_fills_refuse_what_does_not_fit(fill, given, message):
+    with pytest.raises(ValueError, match=message):
+        fill(*given)
+
+
+@pytest.mark.parametrize(
+    "draws, sigma, message",
+    [
+        *((IMAGES[None], sigma, f"sigma={sigma!r} must be") for sigma in (math.nan, -1, math.inf, "1", True, None)),
+        (IMAGES[None][:0], 0.1, r"draws have shape \(0, 2, 1, 4, 4\)"),
+        (IMAGES, 0.1, r"draws have shape \(2, 1, 4, 4\)"),
+        (IMAGES[None][..., :3], 0.1, r"draws \(1, 2, 1, 4, 3\)"),
+        (None, 0.1, "draws=None"),
+    ],
+)
+def test_ranks_are_refused_without_draws_or_a_noise(draws, sigma, message):
+    with pytest.raises(ValueError, match=message):
+        rank_of_truth(IMAGES, draws, HALF, sigma)
+
+
+def test_shapes_systems_and_images_that_are_none_are_refused(linear_posterior):
+    for bad in (3, None, (8, 6), (1, 0, 6), (1, 8.0, 6)):
+        with pytest.raises(ValueError, match="image_shape="):
+            observed_mask("block", 1, bad, 0.5)
+    with pytest.raises(ValueError, match="system=None"):
+        inpaintings(None, IMAGES, HALF, 1)
+    posterior = linear_posterior(n=2, mask=True)
+    system = srlib.ShortRun(posterior.generator, n_steps=3, step_size=0.02, sigma=posterior.sigma)
+    with pytest.raises(ValueError, match="images are a list"):
+        inpaintings(system, [1.0], posterior.mask, 1)

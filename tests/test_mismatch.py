@@ -106,3 +106,23 @@ def test_what_does_not_fit_is_refused(linear_posterior):
         mismatch.mean_gradients(posterior.generator, posterior.x, 0.5, 2, 0.01, 4)
     with pytest.raises(ValueError, match="n_batches"):
         mismatch.squared_norm_of_mean(torch.ones(1, 3))
+    with pytest.raises(ValueError, match="gradients holds NaN"):
+        mismatch.squared_norm_of_mean(torch.full((2, 3), math.nan))
+    with pytest.raises(ValueError, match="give floats \\[B, P\\]"):
+        mismatch.squared_norm_of_mean(torch.ones(3))
+    for call in (
+        mismatch.log_marginal,
+        lambda p: mismatch.objective_by_steps(p, 2, 0.01),
+        lambda p: mismatch.short_run_divergence(p, 2, 0.01),
+    ):
+        with pytest.raises(ValueError, match="posterior=None must be a Posterior"):
+            call(None)
+    jacobians = torch.eye(3).double().expand(2, 1, 3, 3)
+    for bad in (jacobians[0], jacobians[..., :2], jacobians.long()):
+        with pytest.raises(ValueError, match="jacobians are"):
+            mismatch.noise_log_dets(bad, torch.tensor(0.1))
+    for bad in (0.0, math.nan, "0.1", torch.full((3, 1, 1), 0.1), torch.tensor(-1.0)):
+        with pytest.raises(ValueError, match="step_size"):
+            mismatch.noise_log_dets(jacobians, bad)
+    expected = mismatch.noise_log_dets(jacobians, torch.tensor(0.1, dtype=torch.float64))
+    assert torch.equal(mismatch.noise_log_dets(jacobians, 0.1), expected)

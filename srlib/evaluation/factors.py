@@ -58,8 +58,12 @@ def known_factors(factors: Mapping[str, Tensor], angles: Sequence[str] = ("hue",
     """Factors by name, from values [n] such as `Split.factors` holds.
 
     Whole numbers are classes; of the others, those in `angles` are fractions of a full turn, so that 0 and 1 are the same, and the rest
-    are numbers. Raises ValueError for a factor that does not vary, which nothing can tell.
+    are numbers. Raises ValueError for a factor that does not vary, which nothing can tell, and for factors of different lengths.
     """
+    if not isinstance(factors, Mapping):
+        raise ValueError(f"factors={factors!r} must be a mapping of names to values [n]")
+    if isinstance(angles, str) or not isinstance(angles, Sequence):
+        raise ValueError(f"angles={angles!r} must be a sequence of names, such as ('hue',)")
     found = {}
     for name, values in factors.items():
         check_tensor(f"factor {name}", values)
@@ -74,11 +78,14 @@ def known_factors(factors: Mapping[str, Tensor], angles: Sequence[str] = ("hue",
             found[name] = Factor(torch.stack([turn.cos(), turn.sin()], 1))
         else:
             found[name] = Factor(values.double()[:, None])
+    if len({len(factor.values) for factor in found.values()}) > 1:
+        lengths = ", ".join(f"{name} {len(factor.values)}" for name, factor in found.items())
+        raise ValueError(f"factors have different lengths: {lengths}; give all for the same images")
     return found
 
 
 def shuffled(factors: Mapping[str, Factor], rng: torch.Generator | None = None) -> dict[str, Factor]:
-    """The same factors given to other images: a control, of which latents tell nothing."""
+    """The same factors given to other images: a control, of which latents tell nothing. Raises ValueError for what is no factors."""
     n = _n_images(factors)
     order = torch.randperm(n, generator=given_or_fresh(rng))
     return {name: Factor(factor.values[order], factor.is_class) for name, factor in factors.items()}
@@ -90,7 +97,11 @@ def inferred_layers(
     """The latents (z_L, ..., z_1) that `system.infer` finds for images [n, C, H, W], uint8 or in [-1, 1]: a tuple of [n, d_l].
 
     noises : the noises (e_L, ..., e_1) of the layers instead, without what z_l has from the layers above it.
+
+    Raises ValueError for what is no system, or no images for it.
     """
+    if not hasattr(system, "infer"):
+        raise ValueError(f"system={system!r} must be a System, such as srlib.ShortRun")
     rng = given_or_fresh(rng)
     layers = []
     for batch in in_batches(images, BATCH):
@@ -112,6 +123,8 @@ def told(
     Each fold of the images, split at random, is guessed by a `Probe` that was fitted to the others.
 
     kind : "linear" for a linear probe, "nonlinear" for the best of that and of Gaussian kernels.
+
+    Raises ValueError for arguments that do not fit each other, and for too few images.
     """
     check_whole("n_folds", n_folds, 2)
     n = _n_images(factors)
@@ -134,10 +147,13 @@ def layer_shares(
 ) -> LayerShares:
     """What layers (z_L, ..., z_1), each [n, d_l], tell of the factors: each alone, all together, and what is lost without each.
 
-    All are judged on the same folds of the images, which `seed` decides.
+    All are judged on the same folds of the images, which `seed` decides. Raises ValueError as `told` does, and for a seed that is no
+    whole number.
     """
-    if not layers:
-        raise ValueError("there are no layers; give at least one tensor [n, d_l]")
+    if isinstance(layers, Tensor) or not isinstance(layers, Sequence) or not layers:
+        raise ValueError("there are no layers; give at least one tensor [n, d_l], in a list")
+    if isinstance(seed, bool) or not isinstance(seed, int) or not -(2**63) <= seed < 2**64:
+        raise ValueError(f"seed={seed!r} must be a whole number that torch.Generator takes, such as 0")
     for layer in layers:
         _check_features(layer, _n_images(factors))
 
@@ -192,7 +208,7 @@ class Probe:
 
     def __call__(self, features: Tensor) -> dict[str, Tensor]:
         """Guesses by name for features [m, d]: [m, t], one-hot vectors for classes."""
-        _check_features(features, len(features), self._features.shape[1])
+        _check_features(features, None, self._features.shape[1])
         z = (features.detach().double() - self._mean) / self._std
         kernels = {scale: _kernel(z, self._features, scale) for scale in set(self._scale.values())}
         found = {}
@@ -223,7 +239,12 @@ def image_reader(dataset: str, images: Tensor, factors: Mapping[str, Factor]) ->
 
 
 def read_accuracy(read: Reader, images: Tensor, factors: Mapping[str, Factor]) -> dict[str, float]:
-    """What the reader tells of images [n, C, H, W] that it has not seen, on the scale of `told`."""
+    """What the reader tells of images [n, C, H, W] that it has not seen, on the scale of `told`.
+
+    Raises ValueError for what is no reader or no factors.
+    """
+    _check_reader(read)
+    _n_images(factors)
     guesses = read(images)
     return {name: _share(factor, guesses[name], factor.values.mean(0)) for name, factor in factors.items()}
 
@@ -234,8 +255,13 @@ def layer_effects(
     """The effect of each layer on what `read` reads in images g(e), e ~ N(0, I): name -> a number per layer, top layer first.
 
     n : images that are drawn, and drawn again with one layer changed. nan for a factor that does not vary among them.
+
+    Raises ValueError for what is no generator or no reader, and for fewer than 2 images.
     """
     check_whole("n", n, 2)
+    if not isinstance(generator, Generator):
+        raise ValueError(f"generator={generator!r} must be a Generator, such as srlib.TopDownGenerator")
+    _check_reader(read)
     rng = given_or_fresh(rng)
     first, other = (generator.split(generator.sample_prior(n, rng)) for _ in range(2))
 
@@ -271,15 +297,29 @@ def _share(factor: Factor, guesses: Tensor, means: Tensor) -> float:
     return 1 - ((y - guesses).square().sum() / (y - means).square().sum()).item()
 
 
+def _check_reader(read: Reader) -> None:
+    if not callable(read):
+        raise ValueError(f"read={read!r} must be a function of images, such as `image_reader` makes")
+
+
 def _n_images(factors: Mapping[str, Factor]) -> int:
+    if not isinstance(factors, Mapping) or not all(isinstance(factor, Factor) for factor in factors.values()):
+        raise ValueError(f"factors={factors!r} must be a mapping of names to Factors; `known_factors` makes them")
+    for name, factor in factors.items():
+        check_tensor(f"factor {name}", factor.values)
+        if factor.values.ndim != 2 or factor.values.dtype != torch.float64:
+            raise ValueError(
+                f"factor {name} is {factor.values.dtype} {tuple(factor.values.shape)}; give float64 [n, t], as `known_factors` does"
+            )
     lengths = {len(factor.values) for factor in factors.values()}
     if len(lengths) != 1:
         raise ValueError(f"factors of {sorted(lengths)} images; give at least one factor, and all for the same images")
     return lengths.pop()
 
 
-def _check_features(features: Tensor, n: int, d: int | None = None) -> None:
+def _check_features(features: Tensor, n: int | None, d: int | None = None) -> None:
     check_tensor("features", features)
+    n = len(features) if n is None and features.ndim else n
     if features.ndim != 2 or len(features) != n or not features.shape[1] or (d is not None and features.shape[1] != d):
         raise ValueError(
             f"features have shape {tuple(features.shape)}; give [{n}, {d or 'd'}], one row per image of the factors"

@@ -11,12 +11,14 @@ the mean and spread agree, and the truth's rank among the draws is uniform on 0,
 
 from __future__ import annotations
 
+import sys
+
 import torch
 from torch import Tensor
 
 from ..generators import check_positive, check_tensor, check_whole, given_or_fresh
 from ..posterior import Posterior
-from ..system import System
+from ..system import System, in_batches
 
 BATCH = 200  # images that are inpainted at once
 KINDS = ("pixels", "block", "left", "right", "top", "bottom")  # of what can be hidden
@@ -29,14 +31,20 @@ def observed_mask(
 
     kind : "pixels", anywhere; "block", a square around a random pixel, as far as it lies in the image (where it does not, it is
         larger); "left", "right", "top" or "bottom", so many columns or rows from there, the last of them in part.
-    rate : share of the pixels to hide. Raises ValueError where it leaves none hidden or none observed.
+    rate : share of the pixels to hide. Raises ValueError where it leaves none hidden or none observed, and for what is no shape
+        or kind.
     """
     check_whole("n", n)
     if kind not in KINDS:
         raise ValueError(f"kind={kind!r} must be one of {', '.join(KINDS)}")
     if isinstance(rate, bool) or not isinstance(rate, (int, float)) or not 0 < rate < 1:
         raise ValueError(f"rate={rate!r} must lie between 0 and 1")
-    _, height, width = image_shape
+    try:
+        _, height, width = image_shape
+        for side in image_shape:
+            check_whole("side", side)
+    except (TypeError, ValueError):
+        raise ValueError(f"image_shape={image_shape!r} must be (C, H, W), whole numbers of at least 1") from None
     n_pixels = height * width
     n_hidden = round(rate * n_pixels)
     if not 0 < n_hidden < n_pixels:
@@ -68,6 +76,9 @@ def inpaintings(
     """
     check_whole("n_draws", n_draws)
     check_tensor("mask", mask)
+    if not isinstance(system, System):
+        raise ValueError(f"system={system!r} must be a System, such as srlib.ShortRun")
+    in_batches(images, BATCH)  # refuses what is no images
     shown = system.as_input(images.nan_to_num())
     shown = shown.masked_fill(images.isnan().to(shown.device), torch.nan)
     posterior = Posterior(system.generator, shown, 1.0, mask)  # checks that all fits; hides
@@ -79,7 +90,10 @@ def inpaintings(
 
 
 def hidden_squared_error(images: Tensor, inpainted: Tensor, mask: Tensor) -> Tensor:
-    """Mean squared error per hidden pixel of each image: [n], on [-1, 1]. inpainted: [n, C, H, W], or draws [M, n, C, H, W] -> [M, n]."""
+    """Mean squared error per hidden pixel of each image: [n], on [-1, 1]. inpainted: [n, C, H, W], or draws [M, n, C, H, W] -> [M, n].
+
+    Raises ValueError unless all fits, holds finite numbers, and every image hides something; so do the other scores.
+    """
     hidden = _hidden(images, inpainted, mask)
     return (images - inpainted).square().mul(hidden).flatten(-3).sum(-1) / hidden.flatten(1).sum(1)
 
@@ -89,12 +103,14 @@ def hidden_spread(images: Tensor, draws: Tensor, mask: Tensor) -> Tensor:
 
     For draws of the truth's own law its expectation is that of `hidden_squared_error` of their mean.
     """
-    hidden = _hidden(images, draws, mask)
+    hidden = _hidden(images, draws, mask, "draws")
     return pixel_spread(draws).mul(hidden).flatten(1).sum(1) / hidden.flatten(1).sum(1)
 
 
 def pixel_spread(draws: Tensor) -> Tensor:
-    """(1 + 1/M) times the variance of M > 1 draws [M, n, C, H, W] at each pixel: [n, C, H, W]."""
+    """(1 + 1/M) times the variance of M > 1 draws [M, n, C, H, W] at each pixel: [n, C, H, W]. Raises ValueError for fewer."""
+    _check_floats("draws", draws)
+    check_tensor("draws", draws)
     if draws.ndim != 5 or len(draws) < 2:
         raise ValueError(f"draws have shape {tuple(draws.shape)}; a spread takes [M, n, C, H, W] with M > 1")
     return (1 + 1 / len(draws)) * draws.var(0)
@@ -107,8 +123,14 @@ def rank_of_truth(
 
     The draws are mean images, and the truth has pixel noise, which the mean over h pixel values leaves with the standard deviation
     sigma / h^(1/2). They get as much of it; without, a hidden part of one grey value would decide its own rank.
+
+    Raises ValueError for no draws, a sigma that is negative or not finite, and what does not fit.
     """
-    hidden = _hidden(images, draws, mask)
+    if isinstance(sigma, bool) or not isinstance(sigma, (int, float)) or not 0 <= sigma <= sys.float_info.max:
+        raise ValueError(f"sigma={sigma!r} must be a finite number, 0 or more")
+    hidden = _hidden(images, draws, mask, "draws")
+    if draws.ndim != 5 or not len(draws):
+        raise ValueError(f"draws have shape {tuple(draws.shape)}; a rank takes [M, n, C, H, W] with M > 0")
     count = hidden.flatten(1).sum(1)
     truth, drawn = ((x * hidden).flatten(-3).sum(-1) / count for x in (images, draws))
     noise = torch.randn(drawn.shape, generator=given_or_fresh(rng)).to(drawn)
@@ -116,17 +138,24 @@ def rank_of_truth(
 
 
 def mean_fill(images: Tensor, mask: Tensor, training: Tensor) -> Tensor:
-    """images [n, C, H, W] with hidden pixels from the mean of the training images [N, C, H, W], all floats in [-1, 1]."""
-    return torch.where(mask > 0, images, training.mean(0))
+    """images [n, C, H, W] with hidden pixels from the mean of the training images [N, C, H, W], all floats in [-1, 1].
+
+    Raises ValueError, as the other fills do, for images and a mask that do not fit, and for pixels that are NaN where they are seen.
+    """
+    return torch.where(_seen(images, mask, training), images, training.mean(0))
 
 
 def nearest_fill(images: Tensor, mask: Tensor, training: Tensor) -> Tensor:
-    """images [n, C, H, W] with hidden pixels from the training image [N, C, H, W] that is nearest where they are observed."""
-    observed = (mask > 0).expand_as(images).flatten(1).to(images.dtype)
-    known, candidates = torch.where(mask > 0, images, 0).flatten(1), training.flatten(1)
+    """images [n, C, H, W] with hidden pixels from the training image [N, C, H, W] that is nearest where they are observed.
+
+    Raises ValueError as `mean_fill` does.
+    """
+    seen = _seen(images, mask, training)
+    observed = seen.flatten(1).to(images.dtype)
+    known, candidates = torch.where(seen, images, 0).flatten(1), training.flatten(1)
     # |m (x - t)|^2 without |m x|^2, which is the same for all t
     distance = observed @ candidates.square().T - 2 * known @ candidates.T
-    return torch.where(mask > 0, images, training[distance.argmin(1)])
+    return torch.where(seen, images, training[distance.argmin(1)])
 
 
 def linear_fill(images: Tensor, mask: Tensor, training: Tensor, ridge: float) -> Tensor:
@@ -135,37 +164,73 @@ def linear_fill(images: Tensor, mask: Tensor, training: Tensor, ridge: float) ->
         b_h + C_ho (C_oo + ridge I)^{-1} (x_o - b_o),    b and C their mean and covariance
 
     This is ridge regression of every hidden pixel on all observed ones, and the exact posterior mean of a linear generator of full
-    rank with N(0, C) images and ridge = sigma^2.
+    rank with N(0, C) images and ridge = sigma^2. Raises ValueError as `mean_fill` does, and for a ridge that is not positive.
     """
     check_positive("ridge", ridge)
+    observed = _seen(images, mask, training)
     rows = training.flatten(1).double()
     mean, covariance = rows.mean(0), rows.T.cov(correction=0)
     noisy = covariance + ridge * torch.eye(len(mean), dtype=mean.dtype, device=mean.device)
     guessed = []
-    for x, seen in zip(images.flatten(1).double(), (mask > 0).expand_as(images).flatten(1)):
+    for x, seen in zip(images.flatten(1).double(), observed.flatten(1)):
         weights = torch.linalg.solve(noisy[seen][:, seen], (x - mean)[seen])
         guessed.append(mean + covariance[:, seen] @ weights)
-    return torch.where(mask > 0, images, torch.stack(guessed).view_as(images).to(images.dtype))
+    return torch.where(observed, images, torch.stack(guessed).view_as(images).to(images.dtype))
 
 
-def _hidden(images: Tensor, inpainted: Tensor, mask: Tensor) -> Tensor:
+def _hidden(images: Tensor, inpainted: Tensor, mask: Tensor, name: str = "inpainted") -> Tensor:
     """1 where a pixel value is hidden [n, C, H, W]; a ValueError unless all fits and every image hides something."""
     check_tensor("images", images)
-    check_tensor("inpainted", inpainted)
-    check_tensor("mask", mask)
-    if images.ndim != 4 or inpainted.shape[-4:] != images.shape or inpainted.ndim > 5:
+    _check_floats(name, inpainted)
+    check_tensor(name, inpainted)
+    hidden = ~_observed(images, mask)
+    if inpainted.shape[-4:] != images.shape or inpainted.ndim > 5:
         raise ValueError(
-            f"images have shape {tuple(images.shape)} and inpainted {tuple(inpainted.shape)}; give [n, C, H, W] and the same, or "
+            f"images have shape {tuple(images.shape)} and {name} {tuple(inpainted.shape)}; give [n, C, H, W] and the same, or "
             "several such"
         )
+    if not hidden.flatten(1).any(1).all():
+        raise ValueError("mask hides nothing of some image, which then has no error of hidden pixels")
+    return hidden.to(images.dtype)
+
+
+def _seen(images: Tensor, mask: Tensor, training: Tensor) -> Tensor:
+    """True where a pixel value is observed [n, C, H, W]; a ValueError unless a fill can be made from all three."""
+    observed = _observed(images, mask)
+    if not images[observed].isfinite().all():
+        raise ValueError(
+            "images hold NaN or infinite pixels that are observed; hide them with mask = 0 or replace them"
+        )
+    _check_floats("training", training)
+    check_tensor("training", training)
+    if training.ndim != 4 or not len(training) or training.shape[1:] != images.shape[1:]:
+        raise ValueError(
+            f"training has shape {tuple(training.shape)}; give at least one image like images: [N, "
+            f"{', '.join(map(str, images.shape[1:]))}]"
+        )
+    if training.dtype != images.dtype:
+        raise ValueError(f"training has dtype {training.dtype}, images {images.dtype}; convert one of them")
+    return observed
+
+
+def _check_floats(name: str, value: Tensor) -> None:
+    if not isinstance(value, Tensor):
+        raise ValueError(f"{name}={value!r} must be a tensor")
+    if not value.is_floating_point():
+        raise ValueError(f"{name} has dtype {value.dtype}; scale to [-1, 1] as floats (srlib.to_unit_range does)")
+
+
+def _observed(images: Tensor, mask: Tensor) -> Tensor:
+    """True where a pixel value is observed [n, C, H, W]; a ValueError for what is no images or no mask for them."""
+    _check_floats("images", images)
+    check_tensor("mask", mask)
+    if images.ndim != 4 or not len(images):
+        raise ValueError(f"images have shape {tuple(images.shape)}; give [n, C, H, W] with n > 0")
     if not ((mask == 0) | (mask == 1)).all():
         raise ValueError("mask must hold 0 (hidden) and 1 (observed) only")
     try:
-        hidden = (mask == 0).expand_as(images).to(images.dtype)
+        return (mask > 0).expand_as(images)
     except RuntimeError:
         raise ValueError(
             f"mask has shape {tuple(mask.shape)}, which does not broadcast to images {tuple(images.shape)}"
         ) from None
-    if not hidden.flatten(1).any(1).all():
-        raise ValueError("mask hides nothing of some image, which then has no error of hidden pixels")
-    return hidden

@@ -18,9 +18,9 @@ import torch
 from torch import Tensor
 
 from ..entropy import step_jacobians
-from ..generators import Generator, check_whole, given_or_fresh
-from ..langevin import short_run
-from ..posterior import Posterior
+from ..generators import Generator, check_tensor, check_whole, given_or_fresh
+from ..langevin import short_run, validated_step_size
+from ..posterior import Posterior, check_images
 
 # Starts of the ascent to modes, its steps and learning rate, and draws from the Gaussian at each mode.
 N_STARTS, N_ASCENT, RATE, N_DRAWS = 8, 300, 0.1, 100
@@ -34,9 +34,11 @@ def objective_by_steps(
     Its mean is KL(q_k || p(e|x)) - log p(x), so that differences in k are those of the divergence, at the same e_0 and eps.
     With one chain the last row is `kl_objective` with `linear_noise`.
 
-    step_size : s of Eq. (10), a number or one for each step, [K, 1, 1]. Raises ValueError where latents differ in it.
+    step_size : s of Eq. (10), a number or one for each step, [K, 1, 1]. Raises ValueError where latents differ in it, and for other
+        arguments that do not fit; `DivergenceError` for chains that left all bounds.
     n_chains : of an image, over which log p(x, e_k) is averaged, where nearly all of the noise is; log q_k is that of the first.
     """
+    _check_posterior(posterior)
     copies = posterior.repeated(n_chains)
     chains = short_run(copies, n_steps, step_size, rng=rng, keep_trajectory=True)
     first = replace(
@@ -52,18 +54,23 @@ def objective_by_steps(
     return -entropy - log_joint.unflatten(1, (-1, n_chains)).mean(2)
 
 
-def noise_log_dets(jacobians: Tensor, step_size: Tensor) -> Tensor:
+def noise_log_dets(jacobians: Tensor, step_size: float | Tensor) -> Tensor:
     """log det S_k for k = 0, ..., K, with S_0 = I and S_{k+1} = A_k S_k A_k' + 2 s_k I: [K + 1, n], float64.
 
-    jacobians : A_k = I + s_k H_k, [K, n, d, d]; step_size : s, [] or [K, 1, 1]. Raises ValueError where latents differ in it.
+    jacobians : A_k = I + s_k H_k, [K, n, d, d]; step_size : s, a number, [] or [K, 1, 1]. Raises ValueError where latents differ in
+        it, and for what does not fit.
     """
-    if any(size > 1 for size in step_size.shape[-2:]):
+    check_tensor("jacobians", jacobians)
+    if jacobians.ndim != 4 or jacobians.shape[-1] != jacobians.shape[-2] or not jacobians.is_floating_point():
+        raise ValueError(f"jacobians are {jacobians.dtype} {tuple(jacobians.shape)}; give floats [K, n, d, d]")
+    if isinstance(step_size, Tensor) and any(size > 1 for size in step_size.shape[-2:]):
         raise ValueError(f"step_size has shape {tuple(step_size.shape)}; give a number, or one per step [K, 1, 1]")
     n_steps, n, d, _ = jacobians.shape
+    s = validated_step_size(step_size, (n_steps, n, d), jacobians.double())
     eye = torch.eye(d, dtype=jacobians.dtype, device=jacobians.device).expand(n, d, d)
     root, log_dets = eye, [torch.zeros_like(eye[:, 0, 0])]  # S_k = root root', and root triangular
-    for s, jacobian in zip(step_size.double().flatten().expand(n_steps), jacobians):
-        both = torch.cat([jacobian @ root, (2 * s).sqrt() * eye], -1)
+    for s_k, jacobian in zip(s.flatten().expand(n_steps), jacobians):
+        both = torch.cat([jacobian @ root, (2 * s_k).sqrt() * eye], -1)
         root = torch.linalg.qr(both.mT, mode="r")[1].mT
         log_dets.append(2 * root.diagonal(dim1=1, dim2=2).abs().log().sum(1))
     return torch.stack(log_dets)
@@ -74,8 +81,9 @@ def log_marginal(posterior: Posterior, rng: torch.Generator | None = None) -> Te
 
     log of the mean of p(x, e) / r(e), e ~ r: the even mixture of N(mode, |H|^-1) at the modes to which Adam, and a step of
     Newton's method where that is higher still, climb from the prior; H = d^2/de^2 log p(e|x) there, with curvatures below
-    the prior's raised to it (Laplace's method). The mean is p(x) whatever the modes are.
+    the prior's raised to it (Laplace's method). The mean is p(x) whatever the modes are. Raises ValueError unless `posterior` is a `Posterior`.
     """
+    _check_posterior(posterior)
     rng = given_or_fresh(rng)
     n, d = len(posterior), posterior.generator.latent_dim
     copies = posterior.repeated(N_STARTS)
@@ -118,7 +126,10 @@ def short_run_divergence(
     n_chains: int = 16,
     rng: torch.Generator | None = None,
 ) -> Tensor:
-    """KL(q_s || p(e|x)) of each image in nats, by `n_chains` short runs and `log_marginal`: [n], float64."""
+    """KL(q_s || p(e|x)) of each image in nats, by `n_chains` short runs and `log_marginal`: [n], float64.
+
+    Raises as `objective_by_steps` does.
+    """
     rng = given_or_fresh(rng)
     return objective_by_steps(posterior, n_steps, step_size, n_chains, rng)[-1] + log_marginal(posterior, rng)
 
@@ -136,8 +147,10 @@ def mean_gradients(
 
     P counts the parameters. The factor leaves the gradient of -|x - g(e)|^2 / 2, which an annealed sigma does not scale.
     One short run infers e_K of each image, as in line 3 of Algorithm 1; images of [-1, 1].
+    Raises ValueError for arguments that do not fit, `DivergenceError` for chains that left all bounds.
     """
     check_whole("n_batches", n_batches, 2)
+    check_images(generator, images)
     if len(images) < n_batches:
         raise ValueError(f"{len(images)} images cannot make n_batches={n_batches} batches; give more images")
     rng = given_or_fresh(rng)
@@ -157,7 +170,18 @@ def mean_gradients(
 
 
 def squared_norm_of_mean(gradients: Tensor) -> Tensor:
-    """|G|^2 without the noise of the B batches in gradients [B, P], unbiased, so that it can come out negative: a number."""
-    n = len(gradients)
-    check_whole("n_batches", n, 2)
+    """|G|^2 without the noise of the B batches in gradients [B, P], unbiased, so that it can come out negative: a number.
+
+    Raises ValueError for a single batch, and for what is no such gradients.
+    """
+    check_tensor("gradients", gradients)
+    if gradients.ndim != 2 or not gradients.is_floating_point():
+        raise ValueError(f"gradients are {gradients.dtype} {tuple(gradients.shape)}; give floats [B, P]")
+    if (n := len(gradients)) < 2:
+        raise ValueError(f"gradients have shape {tuple(gradients.shape)}; give n_batches of at least 2")
     return (gradients.sum(0).square().sum() - gradients.square().sum()) / (n * (n - 1))
+
+
+def _check_posterior(posterior: Posterior) -> None:
+    if not isinstance(posterior, Posterior):
+        raise ValueError(f"posterior={posterior!r} must be a Posterior")
