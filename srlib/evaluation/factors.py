@@ -154,8 +154,8 @@ def layer_shares(
         raise ValueError("there are no layers; give at least one tensor [n, d_l], in a list")
     if isinstance(seed, bool) or not isinstance(seed, int) or not -(2**63) <= seed < 2**64:
         raise ValueError(f"seed={seed!r} must be a whole number that torch.Generator takes, such as 0")
-    for layer in layers:
-        _check_features(layer, _n_images(factors))
+    for i, layer in enumerate(layers):
+        _check_features(layer, _n_images(factors), name=f"layers[{i}]")
 
     def shares(chosen: Sequence[Tensor]) -> Tensor:
         if not chosen:
@@ -317,10 +317,10 @@ def _n_images(factors: Mapping[str, Factor]) -> int:
     return lengths.pop()
 
 
-def _check_features(features: Tensor, n: int | None, d: int | None = None) -> None:
-    check_tensor("features", features)
+def _check_features(features: Tensor, n: int | None, d: int | None = None, name: str = "features") -> None:
+    check_tensor(name, features)
     n = len(features) if n is None and features.ndim else n
     if features.ndim != 2 or len(features) != n or not features.shape[1] or (d is not None and features.shape[1] != d):
         raise ValueError(
-            f"features have shape {tuple(features.shape)}; give [{n}, {d or 'd'}], one row per image of the factors"
+            f"{name} of shape {tuple(features.shape)}: give [{n}, {d or 'd'}], one row per image of the factors"
         )
