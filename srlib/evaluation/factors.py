@@ -322,5 +322,5 @@ def _check_features(features: Tensor, n: int | None, d: int | None = None, name:
     n = len(features) if n is None and features.ndim else n
     if features.ndim != 2 or len(features) != n or not features.shape[1] or (d is not None and features.shape[1] != d):
         raise ValueError(
-            f"{name} of shape {tuple(features.shape)}: give [{n}, {d or 'd'}], one row per image of the factors"
+            f"{name} have shape {tuple(features.shape)}; give [{n}, {d or 'd'}], one row per image of the factors"
         )
