@@ -89,6 +89,6 @@ def test_the_choices_of_arguments_are_counted(tmp_path):
     )
     command = [*everything.PYTEST, "--hypothesis-show-statistics", "--rootdir", str(tmp_path), str(tmp_path)]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
-    assert everything.arguments(done.stdout) == {"properties": 2, "examples": 7}
+    assert everything.arguments(done.stdout) == {"properties": 1, "examples": 7}
     with pytest.raises(ValueError, match="has not told"):
         everything.arguments("2 passed")
