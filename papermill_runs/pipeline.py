@@ -21,6 +21,7 @@ import functools
 import hashlib
 import json
 import math
+import multiprocessing
 import os
 import re
 import shlex
@@ -32,10 +33,13 @@ import threading
 import time
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import jupytext
+import nbclient.exceptions
 import nbformat
+import papermill
+import torch
 import yaml
 
 from srlib import checkpoints, data, experiment, provenance, training
@@ -46,11 +50,15 @@ THEBE = re.compile(r"<script[^>]*>[^<]*THEBE_JS_URL[^<]*</script>|<script[^>]*sp
 # Each job computes with one thread, so that its result does not depend on how many run side by side.
 ONE_THREAD = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), "1")
 STARTED_BY = "SRLIB_PIPELINE_PID"  # tells a job which process to end with
+FORKS = multiprocessing.get_context("fork")  # jobs have then what takes seconds to import
 DIVERGED = ("DivergenceError", "FloatingPointError")  # errors that are a result: the same run would end so again
 
 
 class PipelineError(Exception):
     """Something that the reader of the message can mend."""
+
+
+ERRORS = (PipelineError, checkpoints.CheckpointError, OSError)  # the last: a full or read-only disk
 
 
 @dataclass(frozen=True)
@@ -324,9 +332,6 @@ def execute(job: Job, profile: Profile) -> None:
 
 
 def _execute(job: Job, profile: Profile) -> None:
-    import nbclient.exceptions
-    import papermill
-
     wanted, started = key(job, profile), time.monotonic()
     notebook = jupytext.read(job.notebook)
     check_parameters(notebook, job)
@@ -455,7 +460,7 @@ def run(profile: Profile, n_jobs: int, only: list[str]) -> dict[str, str]:
     waiting = sorted(longest_first, key=lambda job: job.config is None)
     logs, started = profile.folder / "logs", time.monotonic()
     logs.mkdir(parents=True, exist_ok=True)
-    running: dict[str, tuple[Job, subprocess.Popen, float]] = {}
+    running: dict[str, tuple[Job, multiprocessing.Process, float]] = {}
     finished, failed, missing = set(), {}, set()  # missing: datasets that are not there
     before = {job.name: _outcome(job) for job in stale}
     try:
@@ -468,16 +473,8 @@ def run(profile: Profile, n_jobs: int, only: list[str]) -> dict[str, str]:
                     print(f"{job.name}  {failed[job.name]}", flush=True)
                 elif len(running) < n_jobs and not any(profile.jobs[n] in waiting or n in running for n in job.needs):
                     waiting.remove(job)
-                    command = [*launch, sys.executable, __file__, "execute"]
-                    seeds = ["--seeds", ",".join(map(str, profile.seeds))] if profile.seeds is not None else []
                     try:
-                        with (logs / f"{job.name}.log").open("wb") as log:
-                            child = subprocess.Popen(
-                                [*command, profile.name, job.name, *seeds],
-                                stdout=log,
-                                stderr=log,
-                                env={**os.environ, **ONE_THREAD, STARTED_BY: str(os.getpid())},
-                            )
+                        child = start(job, profile, launch)
                     except OSError as error:  # a full disk: what runs may still come to its end
                         failed[job.name] = f"not started: {error}"
                         print(f"{job.name}  {failed[job.name]}", flush=True)
@@ -485,7 +482,7 @@ def run(profile: Profile, n_jobs: int, only: list[str]) -> dict[str, str]:
                     running[job.name] = (job, child, time.monotonic())
                     print(f"[  -/{len(stale)}] {job.name}  started", flush=True)
             for name, (job, child, begun) in list(running.items()):
-                if child.poll() is None:
+                if child.exitcode is None:
                     continue
                 del running[name]
                 finished.add(name)
@@ -496,8 +493,8 @@ def run(profile: Profile, n_jobs: int, only: list[str]) -> dict[str, str]:
                 ahead += [_expected(j) for j in waiting if j.config is None or j.config.dataset not in missing]
                 left = max([sum(ahead) / n_jobs, *ahead])
                 word = "done"
-                if child.returncode:
-                    failed[name] = _last_words(logs / f"{name}.log", child.returncode)
+                if child.exitcode:
+                    failed[name] = _last_words(logs / f"{name}.log", child.exitcode)
                     word = f"FAILED, see {logs / (name + '.log')},"
                 elif _outcome(job) == before[name]:
                     failed[name] = (
@@ -521,8 +518,35 @@ def run(profile: Profile, n_jobs: int, only: list[str]) -> dict[str, str]:
         for _, child, _ in running.values():
             child.terminate()
         for _, child, _ in running.values():
-            child.wait()
+            child.join()
     return failed
+
+
+def start(job: Job, profile: Profile, launch: list[str]) -> multiprocessing.Process:
+    """Execute a job in a process of its own, with the words of $LAUNCH before it; what it says goes into its log."""
+    with (profile.folder / "logs" / f"{job.name}.log").open("w", buffering=1) as log:
+        process = FORKS.Process(target=_started, args=(job, profile, launch, log))
+        process.start()
+    return process
+
+
+def _started(job: Job, profile: Profile, launch: list[str], log: TextIO) -> None:
+    parent = os.getppid()
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    sys.stdout = sys.stderr = log
+    for stream in (1, 2):
+        os.dup2(log.fileno(), stream)
+    os.environ |= ONE_THREAD | {STARTED_BY: str(parent)}
+    torch.set_num_threads(1)  # those of the process above are not in its fork
+    if launch:
+        seeds = ["--seeds", ",".join(map(str, profile.seeds))] if profile.seeds is not None else []
+        command = [*launch, sys.executable, __file__, "execute", profile.name, job.name, *seeds]
+        os.execvp(command[0], command)
+    end_with(parent)
+    try:
+        execute(job, profile)
+    except ERRORS as error:
+        sys.exit(f"pipeline: {error}")
 
 
 def to_execute(stale: list[Job], chosen: list[Job], profile: Profile) -> list[Job]:
@@ -867,7 +891,7 @@ def main(arguments: list[str] | None = None) -> int:
         if failed:
             print("\n".join([f"{len(failed)} failed:", *(f"  {name}: {how}" for name, how in failed.items())]))
         return bool(failed)
-    except (PipelineError, checkpoints.CheckpointError, OSError) as error:  # OSError: a full or read-only disk
+    except ERRORS as error:
         print(f"pipeline: {error}", file=sys.stderr)
         return 1
 

@@ -1,12 +1,12 @@
 """The pipeline on a small project of its own: what is repeated, what is refused, what survives."""
 
 import os
+import signal
 import subprocess
 import sys
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
 
 import nbformat
 import papermill
@@ -275,9 +275,14 @@ def test_a_launcher_that_cannot_start_or_does_not_wait_is_named(project, monkeyp
         monkeypatch.setenv("LAUNCH", launch)
         with pytest.raises(pipeline.PipelineError, match=message):
             pipeline.run(profile, 1, [])
-    monkeypatch.setenv("LAUNCH", "true")
-    assert [*pipeline.run(profile, 1, [])] == ["tiny-seed0"]
+    words = root / "words"
+    words.write_text('#!/bin/sh\necho "$OMP_NUM_THREADS thread: $@"\n')
+    words.chmod(0o755)
+    monkeypatch.setenv("LAUNCH", f"{words} --gres=gpu:1")
+    assert [*pipeline.run(replace(profile, seeds=[0]), 1, [])] == ["tiny-seed0"]
     assert "LAUNCH must wait until it is done" in capsys.readouterr().out
+    said = f"1 thread: --gres=gpu:1 {sys.executable} {pipeline.__file__} execute quick tiny-seed0 --seeds 0\n"
+    assert (profile.folder / "logs" / "tiny-seed0.log").read_text() == said
 
 
 def test_the_configuration_of_a_run_is_printed_for_the_command_line(tmp_path, capsys):
@@ -300,20 +305,20 @@ def test_any_error_ends_what_is_running(project, monkeypatch):
     (root / "sleep").write_text("#!/bin/sh\nexec sleep 60\n")
     (root / "sleep").chmod(0o755)
     monkeypatch.setenv("LAUNCH", str(root / "sleep"))
-    children, popen = [], subprocess.Popen
+    children, start = [], pipeline.start
 
-    def start(*given, **options):
-        children.append(popen(*given, **options))
+    def kept(*given):
+        children.append(start(*given))
         return children[-1]
 
     def fail(seconds):
         raise OSError("no more")
 
-    monkeypatch.setattr(pipeline.subprocess, "Popen", start)
+    monkeypatch.setattr(pipeline, "start", kept)
     monkeypatch.setattr(pipeline.time, "sleep", fail)
     with pytest.raises(OSError, match="no more"):
         pipeline.run(pipeline.load_profile("quick", root=root), 1, [])
-    assert children[0].returncode is not None
+    assert children[0].exitcode == -signal.SIGTERM
 
 
 def test_a_job_is_executed_by_one_process(project, without_kernels):
@@ -352,7 +357,7 @@ def test_a_run_that_diverges_is_a_result_until_its_configuration_changes(project
     assert pipeline.absence(job) == "diverged: update 3: too long"
     assert [path.name for path in job.output.parent.iterdir()] == ["diverged.json"]
     assert "diverged: update 3" in pipeline.runs_page(replace(profile, jobs={job.name: job}))
-    monkeypatch.setattr(pipeline.subprocess, "Popen", None)  # nothing is started
+    monkeypatch.setattr(pipeline, "start", None)  # nothing is started
     assert pipeline.run(profile, 1, [job.name]) == {}
     monkeypatch.undo()
     with_it = pipeline.key(profile.jobs["reader"], profile)
@@ -483,7 +488,6 @@ def run_all(project, without_kernels, monkeypatch, capsys):
     """run_all(...): the status of `pipeline.py run quick ...` on the project, and what it printed; its jobs are forks."""
     root, _ = project
     monkeypatch.setattr(pipeline, "load_profile", partial(pipeline.load_profile, root=root))
-    monkeypatch.setattr(pipeline, "subprocess", SimpleNamespace(Popen=partial(forks.job, pipeline.main)))
     monkeypatch.setenv("SRLIB_DATA", "")
 
     def run(*arguments, command="run"):
@@ -503,7 +507,6 @@ def test_a_failure_stops_nothing_else_and_missing_data_is_no_failure(project, ru
     ]
     matrix["chapters"] = [{"notebook": "alone"}, {"notebook": "reader", "needs": ["broken"]}]
     write_matrix(root, matrix)
-    monkeypatch.setenv("LAUNCH", "env MARK=1")
     status, told = run_all("--jobs", "2")
     assert status == 1
     assert "broken-seed0  FAILED" in told and "absent-seed0  not run (no data)" in told

@@ -1,10 +1,9 @@
-"""Jobs of the pipeline as forks of this process, and notebooks without kernels: what takes seconds to start is there already."""
+"""Calls as forks of this process, and notebooks without kernels: what takes seconds to start is there already."""
 
 from __future__ import annotations
 
 import functools
 import os
-import signal
 import sys
 import traceback
 from collections.abc import Iterable, Iterator
@@ -121,11 +120,3 @@ class Fork:
     def send_signal(self, number):
         if self.returncode is None:
             os.kill(self.pid, number)
-
-    def terminate(self):
-        self.send_signal(signal.SIGTERM)
-
-
-def job(main, command, stdout, stderr, env):
-    """In place of `subprocess.Popen([..., "execute", PROFILE, NAME], ...)`; `main` is the pipeline's."""
-    return Fork(lambda: main(command[command.index("execute") :]), stdout, env)

@@ -24,7 +24,6 @@ import time
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import forks
@@ -108,7 +107,6 @@ def start(root: Path, prepare: Callable[[], object] = lambda: None, jobs: int = 
     def call() -> int:
         prepare()
         pipeline.load_profile = partial(pipeline.load_profile, root=root)
-        pipeline.subprocess = SimpleNamespace(Popen=partial(forks.job, pipeline.main))
         papermill.execute_notebook = forks.execute_notebook
         return pipeline.main(["run", "quick", "--jobs", str(jobs)])
 
