@@ -1,9 +1,9 @@
 """What log|det dF/de_0| costs by each method, and how accurate "low_rank" is at d = 416.
 
     python benchmarks/log_determinants.py cost        products, seconds and memory over d and K        (minutes)
-    python benchmarks/log_determinants.py accuracy    "low_rank" on chains of a five-layer model       (half an hour)
+    python benchmarks/log_determinants.py accuracy    "low_rank" on chains of a five-layer model       (an hour or two)
 
-Both print a table and write it beside this file (cost.json, accuracy-K*.json). `accuracy` trains the model on `digits` first and takes three
+Both print a table and write it beside this file (cost.json, measured/accuracy-K*.json). `accuracy` trains the model on `digits` first and takes three
 checkpoints; whatever it has computed is kept in that folder, so that it can be stopped and goes on where it was.
 """
 
@@ -230,7 +230,7 @@ def report(found, n_steps):
     )
     print(f"95 % interval covers {covered} of {len(rows) * N_CHAINS}")
     print(f"products: {saved:.1f} times fewer than stepwise")
-    write(f"accuracy-K{n_steps}", rows, RESULTS.parent)
+    write(f"accuracy-K{n_steps}", rows, RESULTS.parent / "measured")
 
 
 def kept(name, compute):
