@@ -31,6 +31,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, TextIO
@@ -50,7 +51,7 @@ THEBE = re.compile(r"<script[^>]*>[^<]*THEBE_JS_URL[^<]*</script>|<script[^>]*sp
 # Each job computes with one thread, so that its result does not depend on how many run side by side.
 ONE_THREAD = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), "1")
 STARTED_BY = "SRLIB_PIPELINE_PID"  # tells a job which process to end with
-FORKS = multiprocessing.get_context("fork")  # jobs have then what takes seconds to import
+ENDING = (signal.SIGINT, signal.SIGTERM)
 DIVERGED = ("DivergenceError", "FloatingPointError")  # errors that are a result: the same run would end so again
 
 
@@ -374,10 +375,9 @@ def _execute(job: Job, profile: Profile) -> None:
             return
         partial.replace(failed)
         without = [f"{run} {reason}" for run in job.needs if (reason := absence(profile.jobs[run]))]
-        raise PipelineError(
-            "".join(f"{job.name} reads a run without result: {text}\n" for text in without)
-            + f"{job.name}: {error.ename}: {error.evalue} (see {failed})"
-        ) from error
+        told = [f"{job.name}: {error.ename}: {error.evalue} (see {failed})"]
+        told += [f"{job.name} reads a run without result: {text}" for text in without]
+        raise PipelineError("\n".join(told)) from error
     except nbclient.exceptions.DeadKernelError as error:
         raise PipelineError(
             f"{job.name}: its kernel was killed, perhaps for want of memory; calling again goes on where it was"
@@ -474,12 +474,12 @@ def run(profile: Profile, n_jobs: int, only: list[str]) -> dict[str, str]:
                 elif len(running) < n_jobs and not any(profile.jobs[n] in waiting or n in running for n in job.needs):
                     waiting.remove(job)
                     try:
-                        child = start(job, profile, launch)
+                        with undisturbed():
+                            running[job.name] = (job, start(job, profile, launch), time.monotonic())
                     except OSError as error:  # a full disk: what runs may still come to its end
                         failed[job.name] = f"not started: {error}"
                         print(f"{job.name}  {failed[job.name]}", flush=True)
                         continue
-                    running[job.name] = (job, child, time.monotonic())
                     print(f"[  -/{len(stale)}] {job.name}  started", flush=True)
             for name, (job, child, begun) in list(running.items()):
                 if child.exitcode is None:
@@ -523,22 +523,38 @@ def run(profile: Profile, n_jobs: int, only: list[str]) -> dict[str, str]:
 
 
 def start(job: Job, profile: Profile, launch: list[str]) -> multiprocessing.Process:
-    """Execute a job in a process of its own, with the words of $LAUNCH before it; what it says goes into its log."""
+    """Execute a job in a process of its own, with the words of $LAUNCH before it; what it says goes into its log.
+
+    The process is a fork, which has what takes seconds to import.
+    """
     with (profile.folder / "logs" / f"{job.name}.log").open("w", buffering=1) as log:
-        process = FORKS.Process(target=_started, args=(job, profile, launch, log))
+        process = multiprocessing.get_context("fork").Process(target=_started, args=(job, profile, launch, log))
         process.start()
     return process
+
+
+@contextlib.contextmanager
+def undisturbed() -> Iterator[None]:
+    """Ctrl-C and SIGTERM wait: Python ignores what they raise while it forks, and whom it has not noted it cannot end."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, ENDING)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _started(job: Job, profile: Profile, launch: list[str], log: TextIO) -> None:
     parent = os.getppid()
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, ENDING)
     sys.stdout = sys.stderr = log
     for stream in (1, 2):
         os.dup2(log.fileno(), stream)
     os.environ |= ONE_THREAD | {STARTED_BY: str(parent)}
     torch.set_num_threads(1)  # those of the process above are not in its fork
     if launch:
+        for ignored in (signal.SIGPIPE, signal.SIGXFSZ):  # by Python, and what it becomes would inherit that
+            signal.signal(ignored, signal.SIG_DFL)
         seeds = ["--seeds", ",".join(map(str, profile.seeds))] if profile.seeds is not None else []
         command = [*launch, sys.executable, __file__, "execute", profile.name, job.name, *seeds]
         os.execvp(command[0], command)
@@ -586,13 +602,14 @@ def images_are_here(dataset: str, root: str | None) -> bool:
 
 def _last_words(log: Path, status: int) -> str:
     """How a job failed, in a line, and where to read more."""
+    said = ""
     with contextlib.suppress(OSError):
         lines = log.read_text(errors="replace").split("\n")
-        said = next((line for line in reversed(lines) if line.strip()), "")
-        if said:
-            return f"{said.removeprefix('pipeline: ')} ({log})"
-    how = f"killed by {signal.Signals(-status).name}" if status < 0 else f"ended with status {status}"
-    return f"{how} and said nothing ({log}); the disk has {shutil.disk_usage(log.parent).free / 1e6:.0f} MB free"
+        said = next((line for line in reversed(lines) if line.strip() and not line.startswith("[IPKernelApp]")), "")
+    if said and status > 0:
+        return f"{said.removeprefix('pipeline: ')} ({log})"
+    how = f"killed by {signal.Signals(-status).name}" if status < 0 else f"ended with status {status} and said nothing"
+    return f"{how} ({log}); the disk has {shutil.disk_usage(log.parent).free / 1e6:.0f} MB free"
 
 
 def table(profile: Profile) -> str:
@@ -726,7 +743,7 @@ def _build_book(profile: Profile, target: Path) -> Path:
 def verify(job: Job) -> None:
     """A result that is missing or was edited stops the build with its name."""
     done = checkpoints.read_json(job.result)
-    if not job.output.exists() or done["notebook"] != provenance.file_hash(job.output):
+    if not job.output.is_file() or done["notebook"] != provenance.file_hash(job.output):
         raise PipelineError(f"{job.output} is missing or was edited")
     if job.config is not None:
         experiment.verified_metrics(job.output.parent)
@@ -894,6 +911,9 @@ def main(arguments: list[str] | None = None) -> int:
     except ERRORS as error:
         print(f"pipeline: {error}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        print("pipeline: stopped", file=sys.stderr)
+        return 130
 
 
 if __name__ == "__main__":

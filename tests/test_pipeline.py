@@ -299,12 +299,18 @@ def test_the_configuration_of_a_run_is_printed_for_the_command_line(tmp_path, ca
         assert message in capsys.readouterr().err
 
 
-def test_any_error_ends_what_is_running(project, monkeypatch):
+@pytest.fixture
+def sleepers(project, monkeypatch):
+    """The profile of a project whose only run sleeps."""
     root, matrix = project
     write_matrix(root, matrix | {"chapters": []})
     (root / "sleep").write_text("#!/bin/sh\nexec sleep 60\n")
     (root / "sleep").chmod(0o755)
     monkeypatch.setenv("LAUNCH", str(root / "sleep"))
+    return pipeline.load_profile("quick", root=root)
+
+
+def test_any_error_ends_what_is_running(sleepers, monkeypatch):
     children, start = [], pipeline.start
 
     def kept(*given):
@@ -317,8 +323,32 @@ def test_any_error_ends_what_is_running(project, monkeypatch):
     monkeypatch.setattr(pipeline, "start", kept)
     monkeypatch.setattr(pipeline.time, "sleep", fail)
     with pytest.raises(OSError, match="no more"):
-        pipeline.run(pipeline.load_profile("quick", root=root), 1, [])
+        pipeline.run(sleepers, 1, [])
     assert children[0].exitcode == -signal.SIGTERM
+
+
+def test_a_signal_while_a_job_is_being_started_ends_it_too(sleepers, monkeypatch):
+    """Python would ignore what the signal raises while it forks."""
+    children, start = [], pipeline.start
+
+    def disturbed(*given):
+        signal.raise_signal(signal.SIGINT)
+        children.append(start(*given))
+        return children[-1]
+
+    monkeypatch.setattr(pipeline, "start", disturbed)
+    with pytest.raises(SystemExit, match="130"):
+        pipeline.run(sleepers, 1, [])
+    assert [child.exitcode for child in children] == [-signal.SIGTERM]
+
+
+def test_the_last_words_of_a_job_are_its_own(tmp_path):
+    log = tmp_path / "log"
+    log.write_text("pipeline: the disk is full\n[IPKernelApp] WARNING | a matter of taste\n\n")
+    assert pipeline._last_words(log, 1) == f"the disk is full ({log})"
+    assert pipeline._last_words(log, -signal.SIGKILL).startswith(f"killed by SIGKILL ({log})")
+    log.write_text("")
+    assert pipeline._last_words(log, 3).startswith(f"ended with status 3 and said nothing ({log})")
 
 
 def test_a_job_is_executed_by_one_process(project, without_kernels):
@@ -514,7 +544,7 @@ def test_a_failure_stops_nothing_else_and_missing_data_is_no_failure(project, ru
     results = root / "papermill_runs/quick"
     listed = told[told.index("3 failed:") :]
     assert f"broken-seed0: ArithmeticError: this run fails (see {results}/broken-seed0/train.failed.ipynb)" in listed
-    assert f"killed-seed0: killed by SIGKILL and said nothing ({results}/logs/killed-seed0.log)" in listed
+    assert f"killed-seed0: killed by SIGKILL ({results}/logs/killed-seed0.log)" in listed
     assert (results / "book/alone.json").exists()
     assert (results / "broken-seed0/train.failed.ipynb").exists() and not (
         results / "broken-seed0/train.ipynb"
