@@ -115,3 +115,12 @@ def killed_at(monkeypatch):
 @pytest.fixture
 def wave():
     return Wave()
+
+
+@pytest.fixture
+def images():
+    """16 images of a white disc in a random place, uint8."""
+    centre = 4 + 8 * torch.rand(16, 2, 1, 1, generator=torch.Generator().manual_seed(0))
+    rows, columns = torch.meshgrid(torch.arange(16), torch.arange(16), indexing="ij")
+    distance = (rows - centre[:, :1]).square() + (columns - centre[:, 1:]).square()
+    return (distance < 16).to(torch.uint8) * 255

@@ -25,15 +25,6 @@ def new_system(device):
     return make
 
 
-@pytest.fixture
-def images():
-    """16 images of a white disc in a random place, uint8."""
-    centre = 4 + 8 * torch.rand(16, 2, 1, 1, generator=torch.Generator().manual_seed(0))
-    rows, columns = torch.meshgrid(torch.arange(16), torch.arange(16), indexing="ij")
-    distance = (rows - centre[:, :1]).square() + (columns - centre[:, 1:]).square()
-    return (distance < 16).to(torch.uint8) * 255
-
-
 def fit(system, images, n_updates=12, directory=None, seed=0, **plan):
     plan = srlib.TrainingPlan(n_updates, **(dict(batch_size=6, learning_rates=(1e-3, 5e-4)) | plan))
     return system.fit(images, plan, torch.Generator().manual_seed(seed), directory, progress=False)

@@ -25,15 +25,6 @@ def new_system(device):
 
 
 @pytest.fixture
-def images():
-    """16 images of a white disc in a random place, uint8."""
-    centre = 4 + 8 * torch.rand(16, 2, 1, 1, generator=torch.Generator().manual_seed(0))
-    rows, columns = torch.meshgrid(torch.arange(16), torch.arange(16), indexing="ij")
-    distance = (rows - centre[:, :1]).square() + (columns - centre[:, 1:]).square()
-    return (distance < 16).to(torch.uint8) * 255
-
-
-@pytest.fixture
 def linear(device):
     """A linear system with 3 latents, and 60 images of 9 pixels near a plane of 3 dimensions; float64."""
     rng = torch.Generator().manual_seed(0)
