@@ -4,7 +4,7 @@
     python benchmarks/log_determinants.py accuracy    "low_rank" on chains of a five-layer model       (an hour or two)
 
 Both print a table and write it beside this file (cost.json, measured/accuracy-K*.json). `accuracy` trains the model on `digits` first and takes three
-checkpoints; whatever it has computed is kept in that folder, so that it can be stopped and goes on where it was.
+checkpoints; whatever it has computed is kept in results/, so that it can be stopped and goes on where it was.
 """
 
 from __future__ import annotations
