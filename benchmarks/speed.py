@@ -7,6 +7,7 @@ import math
 import os
 import re
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 from unittest import mock
 
@@ -30,6 +31,7 @@ FORMS: dict[str, dict[str, Any]] = {
     "without_frequencies": {"worth": math.inf},
     "float32": {},
     "frequencies_everywhere": {"worth": 1e-9},
+    "bfloat16_without_frequencies": {"precision": "bfloat16", "worth": math.inf},
     "bfloat16": {"precision": "bfloat16"},
 }
 # Where a score spends its time, by the names of torch's operators; the first that fits counts.
@@ -67,7 +69,7 @@ def chains(name: str, model: Model, sizes: Sizes, threads: int) -> dict[str, Any
     torch.set_num_threads(threads)
     posterior, n_steps = measuring.posterior(model, sizes.batch_size), sizes.n_steps[name]
     slower = bfloat16_slower(model)
-    forms = {form: given for form, given in FORMS.items() if form != "bfloat16" or slower < NOT_WORTH_IT}
+    forms = {form: given for form, given in FORMS.items() if "precision" not in given or slower < NOT_WORTH_IT}
     sides = {"plain": lambda: plain(posterior, n_steps), "frozen": lambda: frozen_only(posterior, n_steps)}
     sides |= {form: lambda given=given: ours(posterior, n_steps, **given) for form, given in forms.items()}
     times = by_turns(sides, sizes.rounds, sizes.budget)
@@ -118,13 +120,19 @@ def frozen_only(posterior: srlib.Posterior, n_steps: int) -> None:
 
 
 def ours(posterior: srlib.Posterior, n_steps: int, worth: float | None = None, **fast: Any) -> None:
-    with mock.patch.object(inner_loop, "WORTH", worth or inner_loop.WORTH):
+    with frequencies_worth(worth):
         srlib.short_run(posterior, n_steps, STEP_SIZE, **fast)
 
 
 def copy_of(posterior: srlib.Posterior, worth: float | None = None, **fast: Any) -> None:
-    with mock.patch.object(inner_loop, "WORTH", worth or inner_loop.WORTH):
+    with frequencies_worth(worth):
         inner_loop.accelerated(posterior, **fast)
+
+
+def frequencies_worth(worth: float | None) -> AbstractContextManager[Any]:
+    """For a while the library takes frequencies where they save `worth` times the multiplications; None: as it would."""
+    given = {} if worth is None else {"WORTH": worth, "WORTH_IN_BFLOAT16": worth}
+    return mock.patch.multiple(inner_loop, **given) if given else nullcontext()
 
 
 def bfloat16_slower(model: Model) -> float:

@@ -484,6 +484,8 @@ def main(arguments: list[str] | None = None) -> None:
                 print(yaml.safe_dump(metrics["scores"], sort_keys=False), end="")
     except (ValueError, OSError, ArithmeticError, DatasetUnavailable) as error:
         parser.exit(2, f"{parser.prog}: {error}\n")
+    except KeyboardInterrupt:
+        parser.exit(130, f"{parser.prog}: interrupted; the same command goes on from what {given.output} keeps\n")
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ What is the same in all K steps is done once, on a copy of the generator without
     - a transposed convolution of stride 1 becomes a convolution, and one of stride 2 to few channels a convolution whose
       outputs are dealt out to the pixels (Shi et al. 2016);
     - a large convolution becomes one small matrix product for each frequency (`FourierConvolution`) where that saves enough
-      and the processor is as fast at products as at convolutions;
+      and the processor is as fast at products as at convolutions, in float32 or in bfloat16;
     - the weights of all others are put into the order that processors like best (channels last).
 
 Each is the same function with the same derivative, to rounding. bfloat16, compiling and, on a GPU, a CUDA graph come on top.
@@ -34,15 +34,17 @@ Precision = Literal["full", "bfloat16"]
 log = logging.getLogger(__name__)
 
 
-def _slow_products() -> bool:
-    """Whether this is a processor of AMD's, where torch's float32 matrix products run at half the speed of its convolutions."""
+def _processor() -> str:
+    """What the system tells of the processor: its maker and, on Linux, its instructions."""
     cpuinfo = Path("/proc/cpuinfo")
-    return "AuthenticAMD" in (cpuinfo.read_text() if cpuinfo.exists() else platform.processor())
+    return cpuinfo.read_text() if cpuinfo.exists() else platform.processor()
 
 
 # Frequencies take the place of a convolution with at least this many times their multiplications (benchmarks/bench.py): with
-# fewer, the memory that they go through costs what they save.
-WORTH = math.inf if _slow_products() else 3.0
+# fewer, the memory that they go through costs what they save. On AMD's processors torch's float32 matrix products run at
+# half the speed of its convolutions, its products in bfloat16 do not; with AMX they have not been measured in bfloat16.
+WORTH = math.inf if "AuthenticAMD" in _processor() else 3.0
+WORTH_IN_BFLOAT16 = math.inf if "amx_bf16" in _processor() else 3.0
 # So few outputs of a transposed convolution leave most of a processor's vector registers empty.
 FEW_CHANNELS = 8
 
@@ -77,11 +79,21 @@ def check_fast(precision: Precision, compile: bool) -> None:
 
 def _frozen_copy(generator: Generator, precision: Precision) -> Generator:
     frozen = copy.deepcopy(generator).requires_grad_(False)
+    like = _latents_like(frozen, 1)
+    rounded = precision == "bfloat16" and like.dtype == torch.float32
+    worth = math.inf if like.is_cuda else WORTH if precision == "full" else WORTH_IN_BFLOAT16
+    spectra: dict[tuple[int, int, int], Spectrum] = {}
     for name, side in _convolutions(frozen).items():
-        parent, own_name = frozen.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2]
+        path, own_name = name.rpartition(".")[::2]
+        parent = frozen.get_submodule(path)
+        if rounded and not like.is_cuda:
+            _flatten_last(parent, side)
         conv = _as_convolution(getattr(parent, own_name))
-        if precision == "full" and _saving(conv, side) >= WORTH and not conv.weight.is_cuda:
-            conv = FourierConvolution(conv, side)
+        if _saving(conv, side) >= worth:
+            shape = side, conv.kernel_size[0], conv.padding[0]
+            conv = FourierConvolution(conv, spectra.setdefault(shape, Spectrum(*shape)))
+            if rounded:
+                conv = conv.to(torch.bfloat16)  # once: autocast would do it in each step
         setattr(parent, own_name, conv.to(memory_format=torch.channels_last))
     return _Autocast(frozen) if precision == "bfloat16" else frozen
 
@@ -197,11 +209,51 @@ def _as_convolution(conv: nn.Conv2d | nn.ConvTranspose2d) -> nn.Module:
     return conv
 
 
+def _flatten_last(head: nn.Module, side: int) -> None:
+    """A linear layer of flattened images, which stand in another order in memory, as a convolution with one pixel of output.
+
+    In bfloat16 alone, where the matrix product has no advantage that pays for reordering the images.
+    """
+    parts = list(head) if type(head) is nn.Sequential else []
+    if [type(part) for part in parts] != [nn.Conv2d, nn.Flatten, nn.GELU, nn.Linear]:
+        return
+    conv, flatten, gelu, linear = parts
+    out = side + 2 * conv.padding[0] - conv.kernel_size[0] + 1
+    if conv.stride == (1, 1) and linear.bias is not None:
+        whole = _convolution(linear.weight.unflatten(1, (-1, out, out)), linear.bias, 0).to(torch.bfloat16)
+        head[1], head[2], head[3] = gelu, whole.to(memory_format=torch.channels_last), flatten
+
+
 def _convolution(weight: Tensor, bias: Tensor, padding: int) -> nn.Conv2d:
     n_out, n_in, k, _ = weight.shape
     conv = nn.Conv2d(n_in, n_out, k, padding=padding, device="meta").requires_grad_(False)
     conv.weight, conv.bias = (nn.Parameter(t.contiguous(), requires_grad=False) for t in (weight, bias))
     return conv
+
+
+class Spectrum(nn.Module):
+    """The Fourier coefficients a + i b of images [n, channels, side, side]: a, b and a + b, [3 * N * F, n, channels].
+
+    The convolutions that see the same images, as those for mu_l and sigma_l do, share them: the last are kept.
+    """
+
+    def __init__(self, side: int, k: int, p: int) -> None:
+        super().__init__()
+        self.side, self.k, self.p = side, k, p
+        along_width, along_height, *_ = _transforms(side, k, p)
+        self.register_buffer("along_width", along_width)
+        self.register_buffer("along_height", along_height)
+        self._last: tuple[Tensor, tuple[int, bool], Tensor] | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        seen = x._version, torch.is_grad_enabled()
+        if self._last is None or self._last[0] is not x or self._last[1] != seen:
+            y = x.permute(2, 3, 0, 1).reshape(self.side, self.side, -1)  # [H, W, n * channels]
+            y = (self.along_width @ y).reshape(
+                2 * self.side, -1
+            )  # [H * 2, F * n * channels], 2: the real, the imaginary
+            self._last = x, seen, (self.along_height @ y).reshape(-1, *x.shape[:2])
+        return self._last[2]
 
 
 class FourierConvolution(nn.Module):
@@ -216,26 +268,24 @@ class FourierConvolution(nn.Module):
 
     Parameters
     ----------
-    conv : a convolution of stride 1 with a square kernel k and zeros around, whose inputs have sides `side`.
+    conv : a convolution of stride 1 with a square kernel and zeros around.
+    spectrum : of its inputs; several convolutions may have one.
     """
 
-    def __init__(self, conv: nn.Conv2d, side: int) -> None:
+    def __init__(self, conv: nn.Conv2d, spectrum: Spectrum) -> None:
         super().__init__()
-        self.side, k, p = side, conv.kernel_size[0], conv.padding[0]
-        *transforms, kernel = _transforms(side, k, p)
+        _, _, *back, kernel = _transforms(spectrum.side, spectrum.k, spectrum.p)
         n_out, n_in = conv.weight.shape[:2]
-        weight = kernel.to(conv.weight) @ conv.weight.reshape(n_out * n_in, k * k).T
+        weight = kernel.to(conv.weight) @ conv.weight.reshape(n_out * n_in, -1).T
         self.register_buffer("weight", weight.reshape(-1, n_out, n_in).mT.contiguous())  # [3 N F, n_in, n_out]
         self.register_buffer("bias", conv.bias.detach())
-        for name, matrix in zip(("along_width", "along_height", "height_back", "width_back"), transforms):
+        for name, matrix in zip(("height_back", "width_back"), back):
             self.register_buffer(name, matrix.to(conv.weight))
+        self.spectrum = spectrum.to(conv.weight)
 
     def forward(self, x: Tensor) -> Tensor:
         n, n_out, side = len(x), self.weight.shape[2], len(self.width_back)
-        x = x.permute(2, 3, 0, 1).reshape(self.side, self.side, -1)  # [H, W, n * n_in]
-        x = (self.along_width @ x).reshape(2 * self.side, -1)  # [H * 2, F * n * n_in], 2: real and imaginary parts
-        x = (self.along_height @ x).reshape(len(self.weight), n, -1)  # [3 * N * F, n, n_in], 3: a, b, a + b
-        y = (x @ self.weight).reshape(self.height_back.shape[1], -1)  # [3 * N, F * n * n_out]
+        y = (self.spectrum(x) @ self.weight).reshape(self.height_back.shape[1], -1)  # [3 * N, F * n * n_out]
         y = (self.height_back @ y).reshape(side, self.width_back.shape[1], -1)  # [H', 2 * F, n * n_out]
         y = (self.width_back @ y).reshape(side, side, n, n_out) + self.bias
         return y.permute(2, 3, 0, 1)

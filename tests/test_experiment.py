@@ -321,6 +321,18 @@ def test_the_command_line_ends_with_a_message_instead_of_a_traceback(tmp_path, c
     assert ended.value.code == 2 and message in capsys.readouterr().err
 
 
+def test_an_interrupted_command_says_how_it_goes_on(tmp_path, capsys, monkeypatch):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(experiment, "run", interrupted)
+    path = tmp_path / "config.yaml"
+    path.write_text("name: x\n")
+    with pytest.raises(SystemExit) as ended:
+        experiment.main([str(path), "--output", str(tmp_path / "out")])
+    assert ended.value.code == 130 and "the same command goes on from what" in capsys.readouterr().err
+
+
 def test_data_that_are_not_there_are_a_message_and_leave_the_directory_free(tmp_path, capsys, monkeypatch):
     monkeypatch.delenv("SRLIB_DATA", raising=False)
     path, out = tmp_path / "config.yaml", tmp_path / "out"

@@ -11,7 +11,7 @@ from torch import nn
 
 import srlib
 from srlib import inner_loop
-from srlib.inner_loop import FourierConvolution, accelerated
+from srlib.inner_loop import FourierConvolution, Spectrum, accelerated
 
 GENERATORS = {
     "top down": lambda: srlib.TopDownGenerator((3, 5), (1, 10, 10), channels=4, feature_size=5),
@@ -55,7 +55,7 @@ def test_the_accelerated_posterior_has_the_same_scores(name, dtype, tolerance, m
 def test_a_fourier_convolution_is_the_convolution(side, k, padding):
     conv = nn.Conv2d(3, 4, k, padding=padding).double()
     x = torch.randn(2, 3, side, side, dtype=torch.float64, requires_grad=True)
-    expected, found = conv(x), FourierConvolution(conv, side)(x)
+    expected, found = conv(x), FourierConvolution(conv, Spectrum(side, k, padding))(x)
     assert relative(found, expected) < 1e-12
     v = torch.randn_like(expected)
     assert relative(torch.autograd.grad(found, x, v)[0], torch.autograd.grad(expected, x, v)[0]) < 1e-12
@@ -111,12 +111,35 @@ def test_the_copy_takes_the_weights_of_the_moment_and_leaves_the_original_alone(
     assert relative(accelerated(posterior).score(e), posterior.score(e)) < 1e-5
 
 
-def test_bfloat16_keeps_two_digits():
+@pytest.mark.parametrize("worth", [1e-9, 3.0, math.inf])
+def test_bfloat16_keeps_two_digits(worth, monkeypatch):
+    monkeypatch.setattr(inner_loop, "WORTH_IN_BFLOAT16", worth)
     posterior = posterior_of(GENERATORS["top down, colour, wide"]())
     e = posterior.generator.sample_prior(4)
-    found = accelerated(posterior, precision="bfloat16").score(e)
+    fast = accelerated(posterior, precision="bfloat16")
+    found = fast.score(e)
     assert found.dtype == torch.float32
     assert 1e-4 < relative(found, posterior.score(e)) < 0.05
+    kinds = [type(module) for module in fast.generator.modules()]
+    assert (FourierConvolution in kinds) == (worth < math.inf)
+    assert kinds.count(nn.Linear) == len(posterior.generator.latent_dims)  # those of the heads are convolutions
+
+
+def test_bfloat16_leaves_a_generator_in_float64_alone():
+    posterior = posterior_of(GENERATORS["top down, colour, wide"]().double())
+    e = posterior.generator.sample_prior(4)
+    assert relative(accelerated(posterior, precision="bfloat16").score(e), posterior.score(e)) < 1e-12
+
+
+def test_convolutions_of_the_same_images_share_their_spectrum():
+    convs, x = [nn.Conv2d(3, n, 5, padding=2).double() for n in (2, 4)], torch.randn(2, 3, 6, 6, dtype=torch.float64)
+    spectrum = Spectrum(6, 5, 2)
+    first, second = (FourierConvolution(conv, spectrum) for conv in convs)
+    for image in (x, x.clone(), x.mul_(2)):  # the last is the first, with other values
+        assert relative(first(image), convs[0](image)) < 1e-12
+        shared = spectrum(image)
+        assert relative(second(image), convs[1](image)) < 1e-12
+        assert spectrum(image) is shared
 
 
 def test_chains_are_the_same_and_reproducible():
