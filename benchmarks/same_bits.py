@@ -3,8 +3,8 @@
     python benchmarks/same_bits.py COMMIT
 
 A run is out of date as soon as a line of code has changed that it can reach, be it only that of an error message. This program
-trains each row of the `digits` matrix for a few updates with both sources, scores it, and compares weights, histories and
-scores bit for bit. The finished runs of all systems that agree are marked as current; their metrics keep, as "same_bits",
+trains each row of the `digits` matrix that has a finished run for a few updates with both sources, scores it, and compares
+weights, histories and scores bit for bit. The finished runs of all systems that agree are marked as current; their metrics keep, as "same_bits",
 which sources they were trained with and what was compared. What agreed stands in same_bits.json: with unchanged sources the
 program can be called again, to mark runs that have been finished since.
 """
@@ -91,20 +91,27 @@ def agreeing(old: list[dict[str, Any]], new: list[dict[str, Any]]) -> dict[str, 
 
 def compared(commit: str, configs: Iterable[experiment.Config]) -> dict[str, dict[str, Any]]:
     """`agreeing` for the sources of `commit` and today's, from the record if that is of these."""
-    record = checkpoints.read_json(RECORD) if RECORD.exists() else {}
+    record, wanted = checkpoints.read_json(RECORD) if RECORD.exists() else {}, rows(configs)
     today = {system: provenance.source_hash(experiment.modules(system)) for system in experiment.SYSTEMS}
-    if record.get("commit") == commit and record["today"] == today:
+    names = sorted(checkpoints.checksum({**row, "name": "", "seed": 0}) for row in wanted)
+    if record.get("commit") == commit and record["today"] == today and {*names} <= {*record["compared"]}:
         return record["systems"]
     with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(2) as two:
         given, older = Path(folder) / "rows.json", Path(folder) / "sources"
-        given.write_text(json.dumps(rows(configs)))
+        given.write_text(json.dumps(wanted))
         _git("worktree", "add", "--detach", str(older), commit)
         try:
             old, new = two.map(trained, (older, ROOT), (given, given))
         finally:
             _git("worktree", "remove", "--force", str(older))
     systems = agreeing(old, new)
-    about = {"commit": commit, "today": today, "updates": N_UPDATES, "date": date.today().isoformat()}
+    about = {
+        "commit": commit,
+        "today": today,
+        "updates": N_UPDATES,
+        "date": date.today().isoformat(),
+        "compared": names,
+    }
     checkpoints.write_json(RECORD, {**about, "systems": systems, "environment": provenance.environment()})
     return systems
 
@@ -129,7 +136,7 @@ def main(commit: str) -> int:
 
     profiles = [pipeline.load_profile(name) for name in ("digits", "reference")]
     name = _git("rev-parse", commit)
-    same = compared(name, [job.config for job in profiles[0].runs])
+    same = compared(name, [job.config for job in profiles[0].runs if job.output.with_name("metrics.json").exists()])
     for system in experiment.SYSTEMS:
         told = f"{same[system]['rows']} rows agree in every bit" if system in same else "OTHER BITS"
         print(f"{system}: {told}")
