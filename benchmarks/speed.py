@@ -15,6 +15,7 @@ import measuring
 import torch
 from measuring import SIGMA, SMALL, STEP_SIZE, WIDE, Model, Sizes, by_turns
 from plain_loop import plain_short_run
+from torch import nn
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -196,10 +197,11 @@ def against_peak(sizes: Sizes) -> dict[str, Any]:
 
 
 def fractions(sizes: Sizes, threads: int) -> dict[str, Any]:
-    """The products' peak and the score of the wide model by turns, in this process."""
+    """The peak of products and of convolutions, and the score of the wide model, by turns in this process."""
     torch.set_num_threads(threads)
     posterior = measuring.posterior(sizes.models[WIDE], sizes.batch_size)
     e = posterior.generator.sample_prior(len(posterior))
+    conv = max((m for m in posterior.generator.modules() if isinstance(m, nn.Conv2d)), key=lambda m: m.weight.numel())
     found: dict[str, Any] = {"threads": threads, "bfloat16_slower_on_few_images": bfloat16_slower(sizes.models[WIDE])}
     for name, precision, dtype in (("float32", "full", torch.float32), ("bfloat16", "bfloat16", torch.bfloat16)):
         if name == "bfloat16" and found["bfloat16_slower_on_few_images"] >= NOT_WORTH_IT:
@@ -208,11 +210,24 @@ def fractions(sizes: Sizes, threads: int) -> dict[str, Any]:
         sides: dict[str, Callable[[], Any]] = {"score": lambda fast=fast: fast.score(e)}
         operands = {n: torch.randn(n, n).to(dtype) for n in sizes.matrices}
         sides |= {str(n): lambda a=a: torch.mm(a, a) for n, a in operands.items()}
+        images, kernel = images_and_kernel(conv, sizes.models[WIDE].feature_size, sizes.batch_size, dtype)
+        sides["convolution"] = lambda images=images, kernel=kernel: nn.functional.conv2d(images, kernel)
         times = by_turns(sides, sizes.rounds, sizes.budget)
-        peak = max(2 * n**3 / min(times[str(n)]["seconds"]) for n in sizes.matrices)
-        found[name] = of_peak(operations(posterior, e), operations(fast, e), times["score"]["median"], peak)
+        rates = {str(n): 2 * n**3 / min(times[str(n)]["seconds"]) for n in sizes.matrices}
+        out = sizes.models[WIDE].feature_size - conv.kernel_size[0] + 1
+        rates["convolution"] = 2 * sizes.batch_size * out**2 * kernel.numel() / min(times["convolution"]["seconds"])
+        found[name] = of_peak(
+            operations(posterior, e), operations(fast, e), times["score"]["median"], max(rates.values())
+        )
+        found[name]["rates"] = rates
         found[name]["profile"] = shares(lambda fast=fast: fast.score(e))
     return found
+
+
+def images_and_kernel(conv: nn.Conv2d, side: int, n: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    """Operands of the convolution, in the order in memory that suits it best."""
+    images, kernel = torch.randn(n, conv.in_channels, side, side), torch.randn(conv.weight.shape)
+    return tuple(t.to(dtype).contiguous(memory_format=torch.channels_last) for t in (images, kernel))
 
 
 def of_peak(direct: int, done: int, seconds: float, peak: float) -> dict[str, float]:
