@@ -122,14 +122,15 @@ def low_rank_log_abs_det(
     The standard error is that of the traces, from the powers of X, with the fourth order for the terms left out.
 
     n_products : for each chain; by default K d / 4.
-    n_probes : probes u of each step, at least 2, which give the standard error; by default d / 20, at least 4.
+    n_probes : probes u of each step, at least 2, which give the standard error; by default d / 20, at least 4. With 10 to
+        20 steps it is d / K, so that all steps together are probed in one orthonormal basis.
     block_size : directions that Q grows by. Fewer need fewer products, more take less time, above all with few chains.
     """
     chain = with_trajectory(posterior, chain)
     n, d = chain.initial.shape
     n_steps = chain.n_steps
     n_products = n_steps * d // 4 if n_products is None else n_products
-    n_probes = max(4, d // 20) if n_probes is None else n_probes
+    n_probes = max(4, d // (n_steps if 10 <= n_steps <= 20 else 20)) if n_probes is None else n_probes
     for name, value in (("n_products", n_products), ("n_probes", n_probes), ("block_size", block_size)):
         check_whole(name, value)
     if not 2 <= n_probes <= d or not 1 <= block_size <= d - 2:
