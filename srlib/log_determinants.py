@@ -28,6 +28,9 @@ Method = Literal["stepwise", "row_by_row", "low_rank"]
 TOLERATED_EIGENVALUE_ERROR = 1e-6
 # "low_rank" serves one of this many steps at a time, those that need it most: one by one is slower, and hardly better.
 STEPS_SHARE = 5
+# "low_rank" explains the remainder of a step by the steps at most so far before and after it. A stiff chain swings to and
+# fro, so that every second step is alike; farther steps add nothing.
+REACH = 4
 # Of fewer latents a quarter of the products of "stepwise" does not pay for the 4 probes and the 2 directions that
 # "low_rank" takes at least.
 FEWEST_LATENTS = 24
@@ -119,7 +122,16 @@ def low_rank_log_abs_det(
     steps of the chain where |X|_F is largest. Pairs of probes have the third and fourth power from one product each,
     E (u'X v)(v'X^2 u) = tr X^3 / r^2.
 
-    The standard error is that of the traces, from the powers of X, with the fourth order for the terms left out.
+    The Hessians of near steps are alike (as Dharangutte & Musco 2021 use it), and what Q and M Q tell of theirs reaches
+    beyond this step's own Q: matrices C_j, orthogonal to Q, with known traces. They serve as control variates, at no
+    further product:
+
+        tr X = sum_j b_j tr C_j + tr(X - sum_j b_j C_j),    b = argmin sum_u |X u - sum_j b_j C_j u|^2,
+
+    and only the last trace is estimated from the probes.
+
+    The standard error is that of the traces, from what the C_j leave of X and from the powers of X, with the fourth order
+    for the terms left out.
 
     n_products : for each chain; by default K d / 4.
     n_probes : probes u of each step, at least 2, which give the standard error; by default d / 20, at least 4. With 10 to
@@ -164,8 +176,8 @@ def low_rank_log_abs_det(
     block = torch.linalg.qr(randn_like(roots.new_empty(len(states), d, block_size), rng))[0]
     q, mq = roots.new_zeros(2, len(states), d, 0)
     size = torch.zeros(len(states), dtype=torch.int64, device=states.device)
-    remainder = torch.full_like(roots[:, 0], math.inf)  # |X|_F^2, unknown at first
-    value, variance, truncated = torch.zeros(3, len(states), dtype=roots.dtype, device=roots.device)
+    centre = 1 - roots.square().mean(-1)
+    remainder = torch.full_like(centre, math.inf)  # |X|_F^2, unknown at first
     n_together = math.ceil(n_steps / STEPS_SHARE)
     for left in range(n_blocks, 0, -n_together):
         rows = (remainder.reshape(n_steps, n).topk(min(left, n_together), dim=0).indices * n + image).flatten()
@@ -184,24 +196,71 @@ def low_rank_log_abs_det(
         for _ in range(2):  # once more, because rounding leaves a small residual far from orthogonal
             product = torch.linalg.qr(product - basis @ (basis.mT @ product))[0]
         block[rows] = product
-        found = _deflated_log_det(
-            basis, mq[rows, :, :width], size[rows], u[rows], mu[rows], 1 - roots[rows].square().mean(-1)
-        )
-        value[rows], variance[rows], truncated[rows], remainder[rows] = found
+        _, _, xu = _deflated(basis, mq[rows, :, :width], size[rows], u[rows], mu[rows], centre[rows])
+        remainder[rows] = (d - size[rows]) * xu.square().sum(1).mean(-1)
         remainder[(size == largest) | (remainder < torch.finfo(roots.dtype).eps)] = -1  # nothing is left to find
-    value, variance, truncated = (t.reshape(n_steps, n).sum(0) for t in (value, variance, truncated))
+    found = [_log_det_of_chain(*(t[i::n] for t in (q, mq, size, u, mu, centre))) for i in range(n)]
+    value, variance, truncated = torch.stack(found, -1)
     standard_error = (variance + truncated.square()).sqrt()
     return LowRankLogDet(value, standard_error, n_steps * n_probes + n_blocks * block_size)
 
 
-def _deflated_log_det(
-    q: Tensor, mq: Tensor, size: Tensor, u: Tensor, mu: Tensor, centre: Tensor
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """log|det M| of each state, its variance, its term of fourth order and |X|_F^2: [R] each.
+def _log_det_of_chain(q: Tensor, mq: Tensor, size: Tensor, u: Tensor, mu: Tensor, centre: Tensor) -> Tensor:
+    """log|det dF/de_0| of one chain, its variance, and its terms of fourth order: [3].
 
-    q, mq : Q and M Q [R, d, width], zeros beyond the first `size` [R] columns.    u, mu : probes and M u [R, d, p].
+    q, mq : Q and M Q of each step [K, d, width], zeros beyond the first `size` [K] columns.
+    u, mu : probes and M u [K, d, p].    centre : c [K].
     """
-    r = (q.shape[1] - size).to(q.dtype)
+    n_steps, d, p = u.shape
+    q, mq = (basis[..., : int(size.max())] for basis in (q, mq))
+    core, u, xu = _deflated(q, mq, size, u, mu, centre)
+    r = (d - size).to(q.dtype)
+    ux, xx = u.mT @ xu, xu.mT @ xu  # u_i'X u_j and u_i'X^2 u_j: [K, p, p]
+    apart = 1 - torch.eye(p, dtype=q.dtype, device=q.device)
+    apart = apart * (r * r)[:, None, None] / apart.sum()
+    cube, fourth = ((apart * m * xx).sum((-2, -1)) for m in (ux, xx))
+    square = r * xx.diagonal(dim1=-2, dim2=-1).mean(-1)
+
+    half = mq / centre[:, None, None] - q
+    half = half - q @ (q.mT @ half) / 2
+    known = half @ q.mT
+    known = known + known.mT  # M / c - I where Q and M Q tell it, else 0: [K, d, d]
+    outside = torch.eye(d, dtype=q.dtype, device=q.device) - q @ q.mT
+    explained = torch.zeros_like(r)  # sum_j b_j tr C_j
+    n_numbers = p * r
+    for k in range(n_steps):
+        near = [j for j in range(max(0, k - REACH), min(n_steps, k + REACH + 1)) if j != k]
+        if n_numbers[k] < 10 * len(near):  # too few to tell the b_j by
+            continue
+        cu = outside[k] @ (known[near] @ u[k])
+        rows = cu.flatten(1)
+        gram = rows @ rows.mT
+        # steps may be so alike that their C_j are linearly dependent, or leave nothing outside Q
+        gram.diagonal().add_(1e-6 * gram.trace() + torch.finfo(gram.dtype).tiny)
+        b = torch.linalg.solve(gram, rows @ xu[k].flatten())
+        xu[k] -= torch.tensordot(b, cu, 1)
+        explained[k] = b @ (known[near] * outside[k]).sum((-2, -1))
+        n_numbers[k] -= len(near)
+    trace = explained + r * (u * xu).sum(1).mean(-1)
+    rest = r * centre.abs().log() + trace - square / 2 + cube / 3 - fourth / 4
+    # Of the mean of p values r u'A u: 2 |A|_F^2 / p, A = log(I + X) - sum_j b_j C_j, of whose square the terms up to the
+    # fourth order are |Y|_F^2 - tr Y X^2 + 11/12 tr X^4, Y = X - sum_j b_j C_j; less, as p of d orthogonal directions are
+    # seen. The values themselves are so few that their own spread would often be too small by chance.
+    variance = (
+        xu.square().sum((-2, -1)) * r * r / n_numbers - (apart * (u.mT @ xu) * xx).sum((-2, -1)) + 11 / 12 * fourth
+    )
+    variance = 2 / p * (1 - p / d) * variance.clamp_min(0)
+    return torch.stack((torch.linalg.slogdet(core)[1] + rest, variance, fourth / 4)).sum(-1)
+
+
+def _deflated(
+    q: Tensor, mq: Tensor, size: Tensor, u: Tensor, mu: Tensor, centre: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Q'MQ with ones for the unused columns [R, width, width], the probes made orthogonal to Q, and X u [R, d, p].
+
+    q, mq : Q and M Q of R states [R, d, width], zeros beyond the first `size` [R] columns.
+    u, mu : probes and M u [R, d, p].    centre : c [R].
+    """
     unused = torch.arange(q.shape[-1], device=q.device) >= size[:, None]
     core = q.mT @ mq + torch.diag_embed(unused.to(q.dtype))
     core = 0.5 * (core + core.mT)
@@ -210,16 +269,7 @@ def _deflated_log_det(
     norm = u.norm(dim=1, keepdim=True)
     u, mu = u / norm, mu / norm
     su = mu - mq @ torch.linalg.solve(core, mq.mT @ u)
-    xu = (su - q @ (q.mT @ su)) / centre[:, None, None] - u
-    ux, xx = u.mT @ xu, xu.mT @ xu  # u_i'X u_j and u_i'X^2 u_j: [R, p, p]
-    trace, square = (r * m.diagonal(dim1=-2, dim2=-1).mean(-1) for m in (ux, xx))
-    apart = 1 - torch.eye(u.shape[-1], dtype=q.dtype, device=q.device)
-    cube, fourth = (r * r * (apart * m * xx).sum((-2, -1)) / apart.sum() for m in (ux, xx))
-    rest = r * centre.abs().log() + trace - square / 2 + cube / 3 - fourth / 4
-    # Of the mean of p values r u'A u: 2 |A|_F^2 / p, A = log(I + X), and log^2(1 + x) = x^2 - x^3 + 11/12 x^4 - ...
-    # The values themselves are so few that their own spread would often be too small by chance.
-    variance = 2 / u.shape[-1] * (square - cube + 11 / 12 * fourth).clamp_min(0)
-    return torch.linalg.slogdet(core)[1] + rest, variance, fourth / 4, square
+    return core, u, (su - q @ (q.mT @ su)) / centre[:, None, None] - u
 
 
 def _dealt_probes(n_steps: int, n: int, d: int, n_probes: int, like: Tensor, rng: torch.Generator) -> Tensor:
