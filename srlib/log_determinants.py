@@ -126,9 +126,9 @@ def low_rank_log_abs_det(
     beyond this step's own Q: matrices C_j, orthogonal to Q, with known traces. They serve as control variates, at no
     further product:
 
-        tr X = sum_j b_j tr C_j + tr(X - sum_j b_j C_j),    b = argmin sum_u |X u - sum_j b_j C_j u|^2,
+        tr X = sum_j b_j tr C_j + tr(X - sum_j b_j C_j),    b = argmin sum_v |X v - sum_j b_j C_j v|^2,
 
-    and only the last trace is estimated from the probes.
+    and only the last trace is estimated from the probes: by u, with b from all others v.
 
     The standard error is that of the traces, from what the C_j leave of X and from the powers of X, with the fourth order
     for the terms left out.
@@ -227,28 +227,27 @@ def _log_det_of_chain(q: Tensor, mq: Tensor, size: Tensor, u: Tensor, mu: Tensor
     known = known + known.mT  # M / c - I where Q and M Q tell it, else 0: [K, d, d]
     outside = torch.eye(d, dtype=q.dtype, device=q.device) - q @ q.mT
     explained = torch.zeros_like(r)  # sum_j b_j tr C_j
-    n_numbers = p * r
     for k in range(n_steps):
         near = [j for j in range(max(0, k - REACH), min(n_steps, k + REACH + 1)) if j != k]
-        if n_numbers[k] < 10 * len(near):  # too few to tell the b_j by
+        if (p - 1) * r[k] < 10 * len(near):  # too few numbers to tell the b_j by
             continue
-        cu = outside[k] @ (known[near] @ u[k])
-        rows = cu.flatten(1)
-        gram = rows @ rows.mT
+        cu = (outside[k] @ (known[near] @ u[k])).permute(2, 1, 0)  # C_j u_i at [i, :, j]
+        gram, moment = cu.mT @ cu, cu.mT @ xu[k].mT[..., None]
+        # Each probe is told by the b_j of the others: its own would learn its error, and hide it.
+        gram, moment = gram.sum(0) - gram, moment.sum(0) - moment
         # steps may be so alike that their C_j are linearly dependent, or leave nothing outside Q
-        gram.diagonal().add_(1e-6 * gram.trace() + torch.finfo(gram.dtype).tiny)
-        b = torch.linalg.solve(gram, rows @ xu[k].flatten())
-        xu[k] -= torch.tensordot(b, cu, 1)
-        explained[k] = b @ (known[near] * outside[k]).sum((-2, -1))
-        n_numbers[k] -= len(near)
+        trace = gram.diagonal(dim1=-2, dim2=-1).sum(-1, keepdim=True)
+        gram.diagonal(dim1=-2, dim2=-1).add_(1e-6 * trace + torch.finfo(gram.dtype).tiny)
+        b = torch.linalg.solve(gram, moment)
+        xu[k] -= (cu @ b).squeeze(-1).mT
+        explained[k] = (known[near] * outside[k]).sum((-2, -1)) @ b.squeeze(-1).mean(0)
     trace = explained + r * (u * xu).sum(1).mean(-1)
     rest = r * centre.abs().log() + trace - square / 2 + cube / 3 - fourth / 4
     # Of the mean of p values r u'A u: 2 |A|_F^2 / p, A = log(I + X) - sum_j b_j C_j, of whose square the terms up to the
     # fourth order are |Y|_F^2 - tr Y X^2 + 11/12 tr X^4, Y = X - sum_j b_j C_j; less, as p of d orthogonal directions are
     # seen. The values themselves are so few that their own spread would often be too small by chance.
-    variance = (
-        xu.square().sum((-2, -1)) * r * r / n_numbers - (apart * (u.mT @ xu) * xx).sum((-2, -1)) + 11 / 12 * fourth
-    )
+    energy = r * xu.square().sum(1).mean(-1)
+    variance = energy - (apart * (u.mT @ xu) * xx).sum((-2, -1)) + 11 / 12 * fourth
     variance = 2 / p * (1 - p / d) * variance.clamp_min(0)
     return torch.stack((torch.linalg.slogdet(core)[1] + rest, variance, fourth / 4)).sum(-1)
 
