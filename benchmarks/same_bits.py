@@ -4,9 +4,9 @@
 
 A run is out of date as soon as a line of code has changed that it can reach, be it only that of an error message. This program
 trains each row of the `digits` matrix that has a finished run for a few updates with both sources, scores it, and compares
-weights, histories and scores bit for bit. The finished runs of all systems that agree are marked as current; their metrics keep, as "same_bits",
-which sources they were trained with and what was compared. What agreed stands in same_bits.json: with unchanged sources the
-program can be called again, to mark runs that have been finished since.
+weights, histories and scores bit for bit. The finished runs of all systems that agree are marked as current; their metrics
+keep, as "same_bits", which sources they were trained with and what was compared. What agreed stands in same_bits.json: with
+unchanged sources the program can be called again, to mark further finished runs of the rows that were compared.
 """
 
 from __future__ import annotations

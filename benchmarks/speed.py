@@ -132,8 +132,7 @@ def copy_of(posterior: srlib.Posterior, worth: float | None = None, **fast: Any)
 
 def frequencies_worth(worth: float | None) -> AbstractContextManager[Any]:
     """For a while the library takes frequencies where they save `worth` times the multiplications; None: as it would."""
-    given = {} if worth is None else {"WORTH": worth, "WORTH_IN_BFLOAT16": worth}
-    return mock.patch.multiple(inner_loop, **given) if given else nullcontext()
+    return nullcontext() if worth is None else mock.patch.multiple(inner_loop, WORTH=worth, WORTH_IN_BFLOAT16=worth)
 
 
 def bfloat16_slower(model: Model) -> float:
