@@ -26,8 +26,8 @@ Method = Literal["stepwise", "row_by_row", "low_rank"]
 
 # Largest relative error of an eigenvalue of dF/de_0 that "row_by_row" passes over in silence.
 TOLERATED_EIGENVALUE_ERROR = 1e-6
-# "low_rank" serves one of this many steps at a time, those that need it most: one by one is slower, and hardly better.
-STEPS_SHARE = 5
+# "low_rank" serves one of this many states at a time, those that need it most: one by one is slower, and hardly better.
+STATES_SHARE = 5
 # "low_rank" explains the remainder of a step by the steps at most so far before and after it. A stiff chain swings to and
 # fro, so that every second step is alike; farther steps add nothing.
 REACH = 4
@@ -92,7 +92,7 @@ class LowRankLogDet:
     """What `low_rank_log_abs_det` returns.
 
     value, standard_error : log|det dF/de_0| and its standard error, [n] each, float64.
-    n_products : Hessian-vector products spent on each chain, at most; "stepwise" takes K d.
+    n_products : Hessian-vector products spent for each chain, at most, on an average over them; "stepwise" takes K d.
     """
 
     value: Tensor
@@ -119,8 +119,8 @@ def low_rank_log_abs_det(
     The traces are estimated from random unit vectors u orthogonal to Q (Hutchinson 1990; deflated: Meyer, Musco, Musco
     & Woodruff 2021; in a Krylov space: Chen & Hallman 2023). X u needs M u and M Q alone. So the products with the
     probes are made once, before Q, and tell at every size of Q, for nothing, how large X still is: products go to the
-    steps of the chain where |X|_F is largest. Pairs of probes have the third and fourth power from one product each,
-    E (u'X v)(v'X^2 u) = tr X^3 / r^2.
+    chains and steps where |X|_F is largest, so that no chain of the batch is told much worse than the others. Pairs of
+    probes have the third and fourth power from one product each, E (u'X v)(v'X^2 u) = tr X^3 / r^2.
 
     The Hessians of near steps are alike (as Dharangutte & Musco 2021 use it), and what Q and M Q tell of theirs reaches
     beyond this step's own Q: matrices C_j, orthogonal to Q, with known traces. They serve as control variates, at no
@@ -131,9 +131,9 @@ def low_rank_log_abs_det(
     and only the last trace is estimated from the probes: by u, with b from all others v.
 
     The standard error is that of the traces, from what the C_j leave of X and from the powers of X, with the fourth order
-    for the terms left out.
+    for the terms left out, and rounding.
 
-    n_products : for each chain; by default K d / 4.
+    n_products : for each chain, on an average over them; by default K d / 4.
     n_probes : probes u of each step, at least 2, which give the standard error; by default d / 20, at least 4. With 10 to
         20 steps it is d / K, so that all steps together are probed in one orthonormal basis.
     block_size : directions that Q grows by. Fewer need fewer products, more take less time, above all with few chains.
@@ -163,8 +163,7 @@ def low_rank_log_abs_det(
     # state k n + i is e_k of image i
     states = chain.trajectory[:-1].detach().flatten(0, 1)
     roots = step_sizes(chain).detach().sqrt().flatten(0, 1)
-    image = torch.arange(n, device=states.device)
-    owner = image.repeat(n_steps)
+    owner = torch.arange(n, device=states.device).repeat(n_steps)
 
     def multiply(rows: Tensor, v: Tensor) -> Tensor:
         """M v for v [len(rows), d, q], the states in `rows`."""
@@ -178,9 +177,9 @@ def low_rank_log_abs_det(
     size = torch.zeros(len(states), dtype=torch.int64, device=states.device)
     centre = 1 - roots.square().mean(-1)
     remainder = torch.full_like(centre, math.inf)  # |X|_F^2, unknown at first
-    n_together = math.ceil(n_steps / STEPS_SHARE)
-    for left in range(n_blocks, 0, -n_together):
-        rows = (remainder.reshape(n_steps, n).topk(min(left, n_together), dim=0).indices * n + image).flatten()
+    n_together = math.ceil(n * n_steps / STATES_SHARE)
+    for left in range(n * n_blocks, 0, -n_together):
+        rows = remainder.topk(min(left, n_together)).indices
         rows = rows[~(remainder[rows] < 0)]
         if not len(rows):
             break
@@ -201,7 +200,8 @@ def low_rank_log_abs_det(
         remainder[(size == largest) | (remainder < torch.finfo(roots.dtype).eps)] = -1  # nothing is left to find
     found = [_log_det_of_chain(*(t[i::n] for t in (q, mq, size, u, mu, centre))) for i in range(n)]
     value, variance, truncated = torch.stack(found, -1)
-    standard_error = (variance + truncated.square()).sqrt()
+    rounding = n_steps * d * torch.finfo(roots.dtype).eps  # of K d eigenvalues; where Q finds all, nothing else is left
+    standard_error = (variance + truncated.square() + rounding**2).sqrt()
     return LowRankLogDet(value, standard_error, n_steps * n_probes + n_blocks * block_size)
 
 
@@ -236,8 +236,8 @@ def _log_det_of_chain(q: Tensor, mq: Tensor, size: Tensor, u: Tensor, mu: Tensor
         # Each probe is told by the b_j of the others: its own would learn its error, and hide it.
         gram, moment = gram.sum(0) - gram, moment.sum(0) - moment
         # steps may be so alike that their C_j are linearly dependent, or leave nothing outside Q
-        trace = gram.diagonal(dim1=-2, dim2=-1).sum(-1, keepdim=True)
-        gram.diagonal(dim1=-2, dim2=-1).add_(1e-6 * trace + torch.finfo(gram.dtype).tiny)
+        scale = gram.diagonal(dim1=-2, dim2=-1).sum(-1, keepdim=True)
+        gram.diagonal(dim1=-2, dim2=-1).add_(1e-6 * scale + torch.finfo(gram.dtype).tiny)
         b = torch.linalg.solve(gram, moment)
         xu[k] -= (cu @ b).squeeze(-1).mT
         explained[k] = (known[near] * outside[k]).sum((-2, -1)) @ b.squeeze(-1).mean(0)

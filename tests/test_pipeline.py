@@ -337,7 +337,9 @@ def test_a_signal_while_a_job_is_being_started_ends_it_too(sleepers, monkeypatch
         return children[-1]
 
     monkeypatch.setattr(pipeline, "start", disturbed)
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # what a script starts behind itself ignores Ctrl-C
+    before = signal.signal(
+        signal.SIGINT, signal.default_int_handler
+    )  # what a script starts behind itself ignores Ctrl-C
     try:
         with pytest.raises(SystemExit, match="130"):
             pipeline.run(sleepers, 1, [])
