@@ -32,6 +32,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, TextIO
@@ -85,6 +86,7 @@ class Profile:
     seeds: list[int] | None  # instead of those in the matrix
     by_priority: bool = False  # runs start in the order of the matrix; the book shows unfinished ones as such
     root: Path = ROOT
+    companion: str | None = None  # the profile whose book lies within this one's
 
     @property
     def folder(self) -> Path:
@@ -118,7 +120,7 @@ def load_profile(name: str, seeds: list[int] | None = None, root: Path = ROOT, o
         matrix = checkpoints.read_yaml(path)
     except checkpoints.CheckpointError as error:
         raise PipelineError(str(error)) from error
-    _check_mapping(path, matrix, {"label", "by_priority", "estimates", "defaults", "runs", "chapters"})
+    _check_mapping(path, matrix, {"label", "by_priority", "companion", "estimates", "defaults", "runs", "chapters"})
     defaults = _entry(path, matrix, "defaults", {}, dict)
     by_priority = _entry(path, matrix, "by_priority", False, bool)
     per_update = seconds_per_update(root / _entry(path, matrix, "estimates", "", str))
@@ -172,7 +174,8 @@ def load_profile(name: str, seeds: list[int] | None = None, root: Path = ROOT, o
         seconds = _entry(path, row, "seconds", 30.0, (int, float))
         result = output.with_suffix(".json")
         jobs[chapter] = Job(chapter, notebook, output, result, parameters, needs, seconds, optional=by_priority)
-    return Profile(name, _entry(path, matrix, "label", "", str), jobs, seeds, by_priority, root)
+    companion = _entry(path, matrix, "companion", None, (str, type(None)))
+    return Profile(name, _entry(path, matrix, "label", "", str), jobs, seeds, by_priority, root, companion)
 
 
 def _needs(path: Path, chapter: dict[str, Any]) -> list[str]:
@@ -667,15 +670,22 @@ def end_with(parent: int) -> None:
 
 
 def build_book(profile: Profile) -> Path:
-    """Check all results, put the book together from executed notebooks and build it; returns index.html."""
+    """Check all results, put the book together from executed notebooks and build it, with its companion's; returns index.html."""
     target = profile.root / "book" / "_build" / profile.name
     with checkpoints.locked(
         target / ".lock", f"the book of the profile {profile.name} is being built by another process"
     ):
-        return _build_book(profile, target)
+        if profile.companion is None:
+            return _build_book(profile, target)
+        companion = load_profile(profile.companion, root=profile.root)
+        with ThreadPoolExecutor(1) as pool:  # Sphinx is a process with one thread
+            inner = pool.submit(_build_book, companion, target / companion.name, within=profile)
+            index = _build_book(profile, target)
+        shutil.copytree(inner.result().parent, index.parent / companion.name)
+        return index
 
 
-def _build_book(profile: Profile, target: Path) -> Path:
+def _build_book(profile: Profile, target: Path, within: Profile | None = None) -> Path:
     book = profile.root / "book"
     source = target / "source"
     made = [job for job in profile.jobs.values() if not absence(job)]
@@ -701,14 +711,19 @@ def _build_book(profile: Profile, target: Path) -> Path:
     for page in source.glob("*.md"):
         if "kernelspec:" in (text := page.read_text()):  # a chapter that this profile does not execute
             title = next(line for line in text.splitlines() if line.startswith("# "))
-            told = f"The profile `{profile.name}` has no results of this chapter; `quick` has."
+            told = f"The profile `{profile.name}` has no results of this chapter; "
+            told += f'<a href="../{page.stem}.html">`{within.name}`</a> has.' if within else "`quick` has."
             equations = re.findall(r"^```\{math\}\n:label:.*?^```$", text, re.S | re.M)  # other chapters refer to them
             page.write_text("\n\n".join([title, told, *equations]) + "\n")
     (source / "runs").mkdir()
     shown = [job for job in profile.runs if job in made]
     for job in shown:
         nbformat.write(with_title(nbformat.read(job.output, as_version=4)), source / "runs" / f"{job.name}.ipynb")
-    (source / "runs.md").write_text(runs_page(profile))
+    (source / "runs.md").write_text(runs_page(profile, within))
+    if within:
+        config = yaml.safe_load((source / "_config.yml").read_text())
+        config["title"] += f" (profile {profile.name})"
+        (source / "_config.yml").write_text(yaml.safe_dump(config, sort_keys=False))
     toc = yaml.safe_load((source / "_toc.yml").read_text())
     for part in toc["parts"]:
         for chapter in part["chapters"]:
@@ -761,13 +776,18 @@ def with_title(notebook: nbformat.NotebookNode) -> nbformat.NotebookNode:
     return notebook
 
 
-def runs_page(profile: Profile) -> str:
+def runs_page(profile: Profile, within: Profile | None = None) -> str:
     """The status page: every run with its scores, where and when it ran, and whether today's sources would repeat it."""
-    lines = [
-        "# The runs behind this book",
-        "",
-        f"Profile `{profile.name}`. {profile.label}",
-        "",
+    lines = ["# The runs behind this book", "", f"Profile `{profile.name}`. {profile.label}", ""]
+    if within:
+        lines += [
+            f'The chapters that are missing here are in <a href="../runs.html">the profile `{within.name}`</a>.',
+            "",
+        ]
+    if profile.companion:
+        other = f'<a href="{profile.companion}/runs.html">the profile `{profile.companion}`</a>'
+        lines += [f"The same systems on other images, with the chapters that compare them, are in {other}.", ""]
+    lines += [
         "| run | dataset | updates | MSE | sources | images | seconds |",
         "|---|---|---|---|---|---|---|",
     ]

@@ -64,8 +64,8 @@ def without_kernels(monkeypatch):
     monkeypatch.setattr(papermill, "execute_notebook", forks.execute_notebook)
 
 
-def write_matrix(root, matrix):
-    (root / "papermill_runs" / "quick.yaml").write_text(yaml.safe_dump(matrix))
+def write_matrix(root, matrix, name="quick"):
+    (root / "papermill_runs" / f"{name}.yaml").write_text(yaml.safe_dump(matrix))
 
 
 def execute_all(root):
@@ -486,6 +486,39 @@ def test_a_matrix_with_priorities_has_a_book_before_it_is_finished(project, with
     pipeline.execute(profile.jobs["tiny-seed0"], profile)
     assert pipeline.absence(profile.jobs["tiny-seed0"]) is None
     assert not pipeline.up_to_date(profile.jobs["reader"], profile)  # there is more to read
+
+
+def test_the_book_of_a_companion_lies_within_and_both_lead_to_each_other(project, without_kernels, monkeypatch):
+    root, matrix = project
+    alone, reader = matrix["chapters"]
+    write_matrix(root, matrix | {"companion": "other", "by_priority": True, "chapters": [alone]})
+    write_matrix(root, matrix | {"label": "other", "by_priority": True, "chapters": [reader]}, "other")
+    (root / "book" / "_toc.yml").write_text("parts: []")
+    (root / "book" / "_config.yml").write_text("title: Short run")
+    profile = pipeline.load_profile("quick", root=root)
+    pipeline.execute(profile.jobs["alone"], profile)
+    other = pipeline.load_profile("other", root=root)
+
+    def sphinx(*_, cwd, **__):
+        (cwd / "_build" / "html").mkdir(parents=True)
+        (cwd / "_build" / "html" / "index.html").write_text(cwd.name)
+        return subprocess.CompletedProcess([], 0, "", "")
+
+    monkeypatch.setattr(pipeline.subprocess, "run", sphinx)
+    with pytest.raises(
+        pipeline.PipelineError, match="the profile other has no results yet; make run-all PROFILE=other"
+    ):
+        pipeline.build_book(profile)
+    pipeline.execute(other.jobs["reader"], other)
+    for _ in range(2):  # the second one replaces the first
+        index = pipeline.build_book(profile)
+    assert index.read_text() == "quick" and (index.parent / "other" / "index.html").read_text() == "other"
+    target = root / "book" / "_build" / "quick"
+    assert '<a href="other/runs.html">' in (target / "source" / "runs.md").read_text()
+    assert '<a href="../runs.html">' in (target / "other" / "source" / "runs.md").read_text()
+    assert '<a href="../alone.html">`quick`</a> has' in (target / "other" / "source" / "alone.md").read_text()
+    assert "Short run (profile other)" in (target / "other" / "source" / "_config.yml").read_text()
+    assert "(profile" not in (target / "source" / "_config.yml").read_text()
 
 
 def test_a_row_without_seconds_is_estimated_from_those_of_its_updates(project):
