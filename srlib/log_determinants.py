@@ -31,6 +31,10 @@ STATES_SHARE = 5
 # "low_rank" explains the remainder of a step by the steps at most so far before and after it. A stiff chain swings to and
 # fro, so that every second step is alike; farther steps add nothing.
 REACH = 4
+# A direction that "low_rank" finds is new if more than this part of it is not in Q yet, else what is left is rounding.
+SPENT = 1e-10
+# The series of "low_rank" is around c and divides by it.
+LEAST_CENTRE = 1e-3
 # Of fewer latents a quarter of the products of "stepwise" does not pay for the 4 probes and the 2 directions that
 # "low_rank" takes at least.
 FEWEST_LATENTS = 24
@@ -45,10 +49,11 @@ def log_abs_det_jacobian(
         "row_by_row" is section 5.5: the Jacobian of all K steps, one row by one vector-Jacobian product each, then
         its eigenvalues; it loses precision with the condition number of dF/de_0 and warns when it does.
         "low_rank" takes the stiff directions and estimates the rest, with a quarter of the products of "stepwise"
-        (`low_rank_log_abs_det`); of fewer than FEWEST_LATENTS latents, where nothing can be saved, it is "stepwise".
+        (`low_rank_log_abs_det`, which tells the error; a batch shares its products, so a chain's value depends on the
+        others); of fewer than FEWEST_LATENTS latents, where nothing can be saved, it is "stepwise".
     chunk_size : Hessians computed at a time ("stepwise" only); bounds the memory, changes nothing else.
 
-    "stepwise" and "row_by_row" are differentiable with respect to a `step_size` that requires gradients.
+    "stepwise" and "row_by_row" are differentiable with respect to a `step_size` that requires gradients, "low_rank" is not.
 
     Raises ValueError for an unknown method and for a chain that is not of `posterior`'s images.
     """
@@ -119,8 +124,14 @@ def low_rank_log_abs_det(
     The traces are estimated from random unit vectors u orthogonal to Q (Hutchinson 1990; deflated: Meyer, Musco, Musco
     & Woodruff 2021; in a Krylov space: Chen & Hallman 2023). X u needs M u and M Q alone. So the products with the
     probes are made once, before Q, and tell at every size of Q, for nothing, how large X still is: products go to the
-    chains and steps where |X|_F is largest, so that no chain of the batch is told much worse than the others. Pairs of
-    probes have the third and fourth power from one product each, E (u'X v)(v'X^2 u) = tr X^3 / r^2.
+    chains and steps where |X|_F is largest, so that no chain of the batch is told much worse than the others; so what an
+    image is told depends on the others, too. Once Q is known, its probes move c to the mean of what is left. Pairs of probes
+    have the third and fourth power from one product each: whatever E (u'v)^2 is,
+
+        E (u'A v)(v'B u) = (alpha + beta) tr A B + beta tr A tr B,
+        beta = (E (u'v)^2 - 1/r) / ((r + 2)(r - 1)),    alpha = (1 - 2 beta r) / r^2,
+
+    since the law of u and v does not change when both are turned.
 
     The Hessians of near steps are alike (as Dharangutte & Musco 2021 use it), and what Q and M Q tell of theirs reaches
     beyond this step's own Q: matrices C_j, orthogonal to Q, with known traces. They serve as control variates, at no
@@ -176,7 +187,12 @@ def low_rank_log_abs_det(
     q, mq = roots.new_zeros(2, len(states), d, 0)
     size = torch.zeros(len(states), dtype=torch.int64, device=states.device)
     centre = 1 - roots.square().mean(-1)
-    remainder = torch.full_like(centre, math.inf)  # |X|_F^2, unknown at first
+    if (least := centre.abs().min().item()) < LEAST_CENTRE:
+        raise ValueError(
+            f'|1 - mean(step_size)|={least:g} of a step is below {LEAST_CENTRE:g}: "low_rank" divides by it; use '
+            'method="stepwise"'
+        )
+    remainder = torch.full_like(centre, math.inf)  # |X|_F^2 with c at the mean, unknown at first
     n_together = math.ceil(n * n_steps / STATES_SHARE)
     for left in range(n * n_blocks, 0, -n_together):
         rows = remainder.topk(min(left, n_together)).indices
@@ -192,21 +208,28 @@ def low_rank_log_abs_det(
         mq[rows[:, None], :, columns] = product.mT
         size[rows] += block_size
         basis = q[rows, :, :width]
-        for _ in range(2):  # once more, because rounding leaves a small residual far from orthogonal
-            product = torch.linalg.qr(product - basis @ (basis.mT @ product))[0]
-        block[rows] = product
-        _, _, xu = _deflated(basis, mq[rows, :, :width], size[rows], u[rows], mu[rows], centre[rows])
-        remainder[rows] = (d - size[rows]) * xu.square().sum(1).mean(-1)
+        new, kept = torch.linalg.qr(product - basis @ (basis.mT @ product))
+        spent = kept.diagonal(dim1=-2, dim2=-1).abs() < SPENT * product.norm(dim=1)
+        if spent.any():
+            # of an invariant subspace rounding is left, which may lie within Q: go on elsewhere
+            new = torch.where(spent[:, None], randn_like(new, rng), new)
+        # once more, because rounding leaves a small residual far from orthogonal
+        new = torch.linalg.qr(new - basis @ (basis.mT @ new)).Q
+        block[rows] = new
+        _, v, xv = _deflated(basis, mq[rows, :, :width], size[rows], u[rows], mu[rows], centre[rows])
+        mean = (v * xv).sum(1).mean(-1)
+        remainder[rows] = (d - size[rows]) * (xv.square().sum(1).mean(-1) - mean.square())
         remainder[(size == largest) | (remainder < torch.finfo(roots.dtype).eps)] = -1  # nothing is left to find
     found = [_log_det_of_chain(*(t[i::n] for t in (q, mq, size, u, mu, centre))) for i in range(n)]
-    value, variance, truncated = torch.stack(found, -1)
-    rounding = n_steps * d * torch.finfo(roots.dtype).eps  # of K d eigenvalues; where Q finds all, nothing else is left
-    standard_error = (variance + truncated.square() + rounding**2).sqrt()
+    value, variance, truncated, inverse = torch.stack(found, -1)
+    # of all eigenvalues, in the type of the products; where Q finds all that is not c, nothing else is left
+    rounding = d * torch.finfo(states.dtype).eps * inverse
+    standard_error = (variance + truncated.square() + rounding.square()).sqrt()
     return LowRankLogDet(value, standard_error, n_steps * n_probes + n_blocks * block_size)
 
 
 def _log_det_of_chain(q: Tensor, mq: Tensor, size: Tensor, u: Tensor, mu: Tensor, centre: Tensor) -> Tensor:
-    """log|det dF/de_0| of one chain, its variance, and its terms of fourth order: [3].
+    """log|det dF/de_0| of one chain, its variance, its terms of fourth order, and the sum of 1 / |c|: [4].
 
     q, mq : Q and M Q of each step [K, d, width], zeros beyond the first `size` [K] columns.
     u, mu : probes and M u [K, d, p].    centre : c [K].
@@ -215,11 +238,21 @@ def _log_det_of_chain(q: Tensor, mq: Tensor, size: Tensor, u: Tensor, mu: Tensor
     q, mq = (basis[..., : int(size.max())] for basis in (q, mq))
     core, u, xu = _deflated(q, mq, size, u, mu, centre)
     r = (d - size).to(q.dtype)
+    mean = 1 + (u * xu).sum(1).mean(-1)  # of what is left, in units of c: the better centre, unless it is itself near 0
+    mean = torch.where(mean.abs() < 0.1, 1.0, mean)
+    centre, xu = centre * mean, (u + xu) / mean[:, None, None] - u
     ux, xx = u.mT @ xu, xu.mT @ xu  # u_i'X u_j and u_i'X^2 u_j: [K, p, p]
-    apart = 1 - torch.eye(p, dtype=q.dtype, device=q.device)
-    apart = apart * (r * r)[:, None, None] / apart.sum()
-    cube, fourth = ((apart * m * xx).sum((-2, -1)) for m in (ux, xx))
-    square = r * xx.diagonal(dim1=-2, dim2=-1).mean(-1)
+    trace_x, square = (r * m.diagonal(dim1=-2, dim2=-1).mean(-1) for m in (ux, xx))
+    apart = (1 - torch.eye(p, dtype=q.dtype, device=q.device)) / (p * (p - 1))
+    overlap = (apart * (u.mT @ u).square()).sum((-2, -1))
+    beta = (overlap - 1 / r) / ((r + 2) * (r - 1))
+    alpha = (1 - 2 * beta * r) / r**2
+
+    def trace_of_product(a: Tensor, trace_a: Tensor, trace_b: Tensor) -> Tensor:
+        """tr A X^2 from u_i'A u_j [K, p, p]."""
+        return ((apart * a * xx).sum((-2, -1)) - beta * trace_a * trace_b) / (alpha + beta)
+
+    cube, fourth = trace_of_product(ux, trace_x, square), trace_of_product(xx, square, square)
 
     half = mq / centre[:, None, None] - q
     half = half - q @ (q.mT @ half) / 2
@@ -241,15 +274,15 @@ def _log_det_of_chain(q: Tensor, mq: Tensor, size: Tensor, u: Tensor, mu: Tensor
         b = torch.linalg.solve(gram, moment)
         xu[k] -= (cu @ b).squeeze(-1).mT
         explained[k] = (known[near] * outside[k]).sum((-2, -1)) @ b.squeeze(-1).mean(0)
-    trace = explained + r * (u * xu).sum(1).mean(-1)
-    rest = r * centre.abs().log() + trace - square / 2 + cube / 3 - fourth / 4
     # Of the mean of p values r u'A u: 2 |A|_F^2 / p, A = log(I + X) - sum_j b_j C_j, of whose square the terms up to the
-    # fourth order are |Y|_F^2 - tr Y X^2 + 11/12 tr X^4, Y = X - sum_j b_j C_j; less, as p of d orthogonal directions are
-    # seen. The values themselves are so few that their own spread would often be too small by chance.
-    energy = r * xu.square().sum(1).mean(-1)
-    variance = energy - (apart * (u.mT @ xu) * xx).sum((-2, -1)) + 11 / 12 * fourth
-    variance = 2 / p * (1 - p / d) * variance.clamp_min(0)
-    return torch.stack((torch.linalg.slogdet(core)[1] + rest, variance, fourth / 4)).sum(-1)
+    # fourth order are |Y|_F^2 - tr Y X^2 + 11/12 tr X^4, Y = X - sum_j b_j C_j. The values themselves are so few that their
+    # own spread would often be too small by chance.
+    uy = u.mT @ xu
+    trace_y, energy = r * uy.diagonal(dim1=-2, dim2=-1).mean(-1), r * xu.square().sum(1).mean(-1)
+    rest = r * centre.abs().log() + explained + trace_y - square / 2 + cube / 3 - fourth / 4
+    variance = energy - trace_of_product(uy, trace_y, square) + 11 / 12 * fourth
+    variance = 2 / p * variance.clamp_min(0)
+    return torch.stack((torch.linalg.slogdet(core)[1] + rest, variance, fourth / 4, 1 / centre.abs())).sum(-1)
 
 
 def _deflated(

@@ -202,6 +202,74 @@ def test_low_rank_spends_most_on_the_chains_that_need_it():
     assert ((found.value - exact).abs() <= 3 * found.standard_error + 1e-6).all()
 
 
+def linear_of(weight, n=4, sigma=0.1):
+    rng = torch.Generator().manual_seed(1)
+    g = srlib.LinearGenerator(weight, torch.zeros(len(weight), dtype=weight.dtype))
+    with torch.no_grad():
+        x = g(g.sample_prior(n, rng))
+        return srlib.Posterior(g, x + sigma * torch.randn(x.shape, generator=rng, dtype=x.dtype), sigma)
+
+
+@pytest.mark.parametrize("stiff", [100, 50, 90])
+@pytest.mark.parametrize("share", [0.1, 0.3, 0.8])
+def test_low_rank_of_few_distinct_eigenvalues_goes_on_when_its_krylov_space_is_spent(share, stiff):
+    """W of orthogonal columns of at most two lengths: a Krylov space is spent with its first two blocks."""
+    weight = torch.linalg.qr(torch.randn(200, 100, generator=torch.Generator().manual_seed(3), dtype=torch.float64)).Q
+    weight[:, stiff:] /= 2
+    posterior = linear_of(weight)
+    chain = run(posterior, 10, share / largest_curvature(posterior))
+    exact = srlib.log_abs_det_jacobian(posterior, chain)
+    for n_products in (None, 10_000):
+        found = srlib.low_rank_log_abs_det(posterior, chain, n_products)
+        error = (found.value - exact).abs()
+        assert (error <= 3 * found.standard_error).all()
+        if stiff == 100:  # nothing is left
+            assert error.max() < 1e-9
+        elif share < 0.8:  # then the series converges
+            assert error.max() < 0.01 * exact.abs().max()
+
+
+@pytest.mark.parametrize("pixels", [150, 400, 2000])
+@pytest.mark.parametrize("share", [0.2, 0.5, 0.9])
+def test_low_rank_of_a_bulk_of_eigenvalues_is_unbiased_within_its_error(pixels, share):
+    """Gaussian W: no direction stands out, so that nearly all is left to the powers of the remainder."""
+    rng = torch.Generator().manual_seed(3)
+    posterior = linear_of(torch.randn(pixels, 100, generator=rng, dtype=torch.float64) / pixels**0.5)
+    chain = run(posterior, 10, share / largest_curvature(posterior))
+    exact = srlib.log_abs_det_jacobian(posterior, chain)
+    found = [srlib.low_rank_log_abs_det(posterior, chain, rng=torch.Generator().manual_seed(seed)) for seed in range(5)]
+    error, stated = (torch.stack(t) for t in ([f.value - exact for f in found], [f.standard_error for f in found]))
+    assert (error.abs() <= 1.96 * stated).double().mean() >= 0.9
+    assert error.mean().abs() < 0.01 * exact.abs().mean()
+    if share < 0.9:  # then the terms left out are small, and the error is that of the traces
+        assert stated.max() < 0.01 * exact.abs().mean()
+        assert error.mean().abs() < stated.mean() / 5**0.5
+
+
+@pytest.mark.parametrize("n_steps", [1, 10])
+def test_low_rank_with_as_many_probes_as_latents_does_not_claim_too_much(n_steps):
+    posterior = saturating_posterior(pixels=40, latents=60, scale=0.2, sigma=0.15, n=10)
+    chain = run(posterior, n_steps, 2e-3)
+    exact = srlib.log_abs_det_jacobian(posterior, chain)
+    found = srlib.low_rank_log_abs_det(posterior, chain, n_products=70 * n_steps, n_probes=60)
+    assert ((found.value - exact).abs() <= 1.96 * found.standard_error).sum() >= 9
+
+
+def test_low_rank_knows_that_its_products_are_of_single_precision():
+    weight = torch.randn(20, 60, generator=torch.Generator().manual_seed(3)) / 20**0.5
+    posterior = linear_of(weight)
+    chain = run(posterior, 5, 0.5 / largest_curvature(posterior))
+    found = srlib.low_rank_log_abs_det(posterior, chain, n_products=10_000)
+    error = (found.value - srlib.log_abs_det_jacobian(posterior, chain)).abs()
+    assert error.max() > 1e-14 and (error <= 1.96 * found.standard_error).all()
+
+
+def test_low_rank_refuses_a_step_at_which_nothing_is_left_to_expand_around():
+    posterior = linear_of(torch.full((5, 30), 1e-3, dtype=torch.float64))
+    with pytest.raises(ValueError, match=r"mean\(step_size\)\|=0 of a step .* method=\"stepwise\""):
+        srlib.low_rank_log_abs_det(posterior, run(posterior, 2, 1.0))
+
+
 def test_low_rank_learns_from_the_near_steps(monkeypatch):
     """With the same products the error is less than half of what each step alone would have, and the interval says so."""
     posterior = saturating_posterior(pixels=60, latents=100, scale=0.2, sigma=0.15, n=20)
