@@ -6,7 +6,7 @@ import logging
 import math
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 from unittest import mock
@@ -245,11 +245,29 @@ def of_peak(direct: int, done: int, seconds: float, peak: float) -> dict[str, fl
 
 
 def operations(posterior: srlib.Posterior, e: torch.Tensor) -> int:
-    """Multiplications and additions in the products and convolutions of one score; forward, and backward to e alone."""
+    """Multiplications and additions in the products and convolutions of one score; forward, and backward to e alone.
+
+    Products with the zeros of a padding do not count: oneDNN leaves them out, and the convolution of the peak has none.
+    """
     e = 1.0 * e.detach().requires_grad_()  # the counter takes no leaf
-    with FlopCounterMode(display=False) as counter, frozen(posterior.generator):
+    aten = torch.ops.aten
+    counted = {
+        aten.convolution: lambda x, w, *given, out_shape: products(x, out_shape, w, *given[1:5]),
+        aten.convolution_backward: lambda grad, x, w, *given, out_shape: products(x, grad, w, *given[1:5]),
+    }
+    with FlopCounterMode(display=False, custom_mapping=counted) as counter, frozen(posterior.generator):
         posterior.pull(e)
     return counter.get_total_flops()
+
+
+def products(
+    x: Sequence[int], y: Sequence[int], w: Sequence[int], stride: Sequence[int], padding: Sequence[int],
+    dilation: Sequence[int], transposed: bool,
+) -> int:  # fmt: skip
+    """Operations of a convolution, from the shapes of input, output and kernel: 2 for each weight, place and pixel it meets."""
+    sides = zip((y if transposed else x)[2:], w[2:], stride, padding, dilation, strict=True)  # those without padding
+    places = (nn.functional.conv1d(torch.ones(1, 1, n), torch.ones(1, 1, k), None, *how).sum() for n, k, *how in sides)
+    return 2 * x[0] * w[0] * w[1] * math.prod(int(n) for n in places)
 
 
 def shares(call: Callable[[], Any]) -> dict[str, float]:

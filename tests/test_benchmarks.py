@@ -39,7 +39,10 @@ def test_operations_are_those_of_the_direct_form():
     model = measuring.Model((3,), (1, 10, 10), 4, 5)
     posterior, n = measuring.posterior(model, 2), 2
     linear = 3 * 4 * 25
-    convolutions = 25 * (4 * 4 * 25 + 4 * 4 * 25 + 4 * 4 * 9) + 25 * 4 * 16  # p_l, d_l; o_0 spreads 25 inputs
+    met = [sum(0 <= i + j < 5 for i in range(5) for j in range(-k, k + 1)) ** 2 for k in (2, 1)]  # not the padding
+    # p_l, d_l; o_0 spreads each of 5 inputs over 4 of 10 outputs and what its padding cuts off
+    spread = sum(0 <= 2 * i + j - 1 < 10 for i in range(5) for j in range(4)) ** 2
+    convolutions = 16 * (2 * met[0] + met[1]) + 4 * spread
     counted = speed.operations(posterior, posterior.generator.sample_prior(n))
     assert counted == 4 * n * (linear + convolutions)
 
