@@ -135,7 +135,8 @@ def test_convolutions_of_the_same_images_share_their_spectrum():
     convs, x = [nn.Conv2d(3, n, 5, padding=2).double() for n in (2, 4)], torch.randn(2, 3, 6, 6, dtype=torch.float64)
     spectrum = Spectrum(6, 5, 2)
     first, second = (FourierConvolution(conv, spectrum) for conv in convs)
-    for image in (x, x.clone(), x.mul_(2)):  # the last is the first, with other values
+    for image_of in (lambda: x, x.clone, lambda: x, lambda: x.mul_(2)):  # the last is the one before, with other values
+        image = image_of()
         assert relative(first(image), convs[0](image)) < 1e-12
         shared = spectrum(image)
         assert relative(second(image), convs[1](image)) < 1e-12
