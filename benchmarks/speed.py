@@ -247,7 +247,7 @@ def of_peak(direct: int, done: int, seconds: float, peak: float) -> dict[str, fl
 def operations(posterior: srlib.Posterior, e: torch.Tensor) -> int:
     """Multiplications and additions in the products and convolutions of one score; forward, and backward to e alone.
 
-    Products with the zeros of a padding do not count: oneDNN leaves them out, and the convolution of the peak has none.
+    Products with the zeros of a padding do not count: the result does not need them, and the peak is of a convolution without.
     """
     e = 1.0 * e.detach().requires_grad_()  # the counter takes no leaf
     aten = torch.ops.aten
