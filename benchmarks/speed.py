@@ -33,6 +33,7 @@ FORMS: dict[str, dict[str, Any]] = {
     "float32": {},
     "frequencies_everywhere": {"worth": 1e-9},
     "bfloat16_without_frequencies": {"precision": "bfloat16", "worth": math.inf},
+    "bfloat16_with_frequencies": {"precision": "bfloat16", "worth": 3.0},
     "bfloat16": {"precision": "bfloat16"},
 }
 # Where a score spends its time, by the names of torch's operators; the first that fits counts.

@@ -233,7 +233,7 @@ def key(job: Job, profile: Profile) -> str:
     results = [checkpoints.read_json(run.output.with_name("metrics.json"))["checksum"] for run in read]
     results += [f"{run} diverged" for run in job.needs if diverged(profile.jobs[run])]
     here = job.notebook.parent
-    folders = ("*.yaml", "../papermill_runs/*.yaml", "../benchmarks/measured/*.json")
+    folders = ("*.yaml", "../papermill_runs/*.yaml", "../benchmarks/measured/*.json", "../README.md")
     tables = [path for folder in folders for path in sorted(here.glob(folder))]
     tables = [path for path in tables if any(f'"{path.name}"' in cell for cell in cells)]
     parts = [

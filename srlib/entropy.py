@@ -21,10 +21,12 @@ from __future__ import annotations
 
 import copy
 import math
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from .generators import check_positive, check_tensor, check_whole
 from .langevin import Chain, short_run, validated_step_size
@@ -44,9 +46,13 @@ def stepwise_log_abs_det(posterior: Posterior, chain: Chain, chunk_size: int | N
     """log|det dF/de_0| of each chain, with its noise held fixed, as a sum of K log-determinants: [n], in float64.
 
     The default of `log_abs_det_jacobian`, where the other methods are. Differentiable with respect to a `step_size` that
-    requires gradients.
+    requires gradients. No more matrices than those of `chunk_size` states are held at once, in the backward pass either.
     """
-    return torch.linalg.slogdet(step_jacobians(posterior, chain, chunk_size))[1].sum(0)
+    chain = with_trajectory(posterior, chain)
+    root = step_sizes(chain).sqrt().flatten(0, 1)
+    parts = _parts(posterior, chain.trajectory[:-1], chunk_size)
+    found = [_LogAbsDet.apply(e, root[cut], part) for cut, e, part in parts]
+    return torch.cat(found).reshape(chain.n_steps, -1).sum(0)
 
 
 def step_jacobians(posterior: Posterior, chain: Chain, chunk_size: int | None = None) -> Tensor:
@@ -55,8 +61,11 @@ def step_jacobians(posterior: Posterior, chain: Chain, chunk_size: int | None = 
     Similar to the Jacobian I + D_k H_k of step k (and equal to it where s_k is one number), so it has the same eigenvalues.
     """
     chain = with_trajectory(posterior, chain)
-    root = step_sizes(chain).sqrt()
-    h = hessians(posterior, chain.trajectory[:-1], chunk_size)
+    return _symmetric(hessians(posterior, chain.trajectory[:-1], chunk_size), step_sizes(chain).sqrt())
+
+
+def _symmetric(h: Tensor, root: Tensor) -> Tensor:
+    """I + D^1/2 H D^1/2 for H [..., d, d] and the root of the step sizes [..., d]."""
     eye = torch.eye(h.shape[-1], dtype=h.dtype, device=h.device)
     return eye + root[..., :, None] * h * root[..., None, :]
 
@@ -64,17 +73,44 @@ def step_jacobians(posterior: Posterior, chain: Chain, chunk_size: int | None = 
 def hessians(posterior: Posterior, states: Tensor, chunk_size: int | None = None) -> Tensor:
     """H = d^2/de^2 log p(e|x) at states [K, n, d] of the n images: [K, n, d, d] in float64.
 
-    Differentiable in the states: the backward pass computes third derivatives, chunk by chunk, so that memory stays bounded by
-    `chunk_size` states (by default STATES_AT_ONCE; by PRODUCTS_AT_ONCE Hessian-vector products where there is a gradient).
+    Differentiable in the states: the backward pass computes third derivatives, chunk by chunk, so that what they take stays
+    bounded by `chunk_size` states (by default STATES_AT_ONCE; by PRODUCTS_AT_ONCE Hessian-vector products where there is a
+    gradient).
     """
+    found = [_Hessian.apply(e, part) for _, e, part in _parts(posterior, states, chunk_size)]
+    return torch.cat(found).double().unflatten(0, states.shape[:2])
+
+
+def _parts(posterior: Posterior, states: Tensor, chunk_size: int | None) -> Iterator[tuple[slice, Tensor, Posterior]]:
+    """The states [K, n, d] as rows [K n, d], cut into chunks: where each stands, its states and their posterior."""
     n_steps, n, d = states.shape
     if chunk_size is None:
         chunk_size = max(1, PRODUCTS_AT_ONCE // d) if states.requires_grad else STATES_AT_ONCE
     check_whole("chunk_size", chunk_size)
-    image = torch.arange(n, device=states.device).repeat(n_steps)
-    flat = zip(states.reshape(-1, d).split(chunk_size), image.split(chunk_size))
-    found = [_Hessian.apply(e, posterior[index]) for e, index in flat]
-    return torch.cat(found).double().reshape(n_steps, n, d, d)
+    rows, image = states.reshape(-1, d), torch.arange(n, device=states.device).repeat(n_steps)
+    for start in range(0, len(rows), chunk_size):
+        cut = slice(start, start + chunk_size)
+        yield cut, rows[cut], posterior[image[cut]]
+
+
+class _LogAbsDet(torch.autograd.Function):
+    """log|det(I + D^1/2 H(e) D^1/2)| [m] of states e [m, d], root = D^1/2 [m, d]; keeps these two and computes the rest again."""
+
+    @staticmethod
+    def forward(ctx: Any, e: Tensor, root: Tensor, posterior: Posterior) -> Tensor:
+        ctx.posterior = posterior
+        ctx.save_for_backward(e, root)
+        return torch.linalg.slogdet(_symmetric(posterior.hessian(e).double(), root))[1]
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, weight: Tensor) -> tuple[Tensor, Tensor, None]:
+        e, root = ctx.saved_tensors
+        with torch.enable_grad(), frozen(ctx.posterior.generator):
+            e, root = e.detach().requires_grad_(), root.detach().requires_grad_()
+            h = _hessian_with_graph(ctx.posterior, e)
+            log_det = torch.linalg.slogdet(_symmetric(0.5 * (h + h.mT).double(), root))[1]
+            return *torch.autograd.grad((weight * log_det).sum(), (e, root), materialize_grads=True), None
 
 
 class _Hessian(torch.autograd.Function):
@@ -87,16 +123,23 @@ class _Hessian(torch.autograd.Function):
         return posterior.hessian(e)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, weight: Tensor) -> tuple[Tensor, None]:
         (e,) = ctx.saved_tensors
-        rows = (0.5 * (weight + weight.mT)).transpose(0, 1)  # [d, n, d]
         with torch.enable_grad(), frozen(ctx.posterior.generator):
             e = e.detach().requires_grad_()
-            score = ctx.posterior.score(e, create_graph=True)
-            (h,) = torch.autograd.grad(score, e, basis_vectors(e), create_graph=True, is_grads_batched=True)
+            h = _hessian_with_graph(ctx.posterior, e)
             # a linear generator's Hessian does not depend on e at all
-            gradient = torch.autograd.grad((rows * h).sum(), e)[0] if h.requires_grad else torch.zeros_like(e)
-        return gradient, None
+            if not h.requires_grad:
+                return torch.zeros_like(e), None
+            return torch.autograd.grad((0.5 * (weight + weight.mT) * h).sum(), e)[0], None
+
+
+def _hessian_with_graph(posterior: Posterior, e: Tensor) -> Tensor:
+    """H(e) [n, d, d] with the graph of its own derivative, symmetric but for rounding."""
+    score = posterior.score(e, create_graph=True)
+    (h,) = torch.autograd.grad(score, e, basis_vectors(e), create_graph=True, is_grads_batched=True)
+    return h.transpose(0, 1)
 
 
 # --- log q_s(e_K), estimated ------------------------------------------------------------------------------------------

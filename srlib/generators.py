@@ -73,6 +73,8 @@ def check_tensor(name: str, value: Tensor) -> None:
     """Raises ValueError unless `value` is a tensor without NaN and infinite numbers."""
     if not isinstance(value, Tensor):
         raise ValueError(f"{name}={value!r} must be a tensor")
+    if value.layout != torch.strided:
+        raise ValueError(f"{name} is a sparse tensor, {value.layout}; give {name}.to_dense()")
     if not value.is_meta and not value.isfinite().all():
         raise ValueError(f"{name} holds NaN or infinite numbers")
 

@@ -21,7 +21,7 @@ import math
 import platform
 from functools import lru_cache
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -40,11 +40,18 @@ def _processor() -> str:
     return cpuinfo.read_text() if cpuinfo.exists() else platform.processor()
 
 
-# Frequencies take the place of a convolution with at least this many times their multiplications (benchmarks/bench.py): with
-# fewer, the memory that they go through costs what they save. On AMD's processors torch's float32 matrix products run at
-# half the speed of its convolutions, its products in bfloat16 do not; with AMX they have not been measured in bfloat16.
-WORTH = math.inf if "AuthenticAMD" in _processor() else 3.0
-WORTH_IN_BFLOAT16 = math.inf if "amx_bf16" in _processor() else 3.0
+def _worth(processor: str) -> tuple[float, float]:
+    """Frequencies take the place of a convolution with at least so many times their multiplications: in float32, in bfloat16.
+
+    With fewer, the memory that they go through costs what they save (benchmarks/bench.py). On AMD's processors torch's float32
+    matrix products run at half the speed of its convolutions, its products in bfloat16 do not; with AMX the convolutions
+    in bfloat16 are the faster.
+    """
+    return math.inf if "AuthenticAMD" in processor else 3.0, math.inf if "amx_bf16" in processor else 3.0
+
+
+PROCESSOR = _processor()
+WORTH, WORTH_IN_BFLOAT16 = _worth(PROCESSOR)
 # So few outputs of a transposed convolution leave most of a processor's vector registers empty.
 FEW_CHANNELS = 8
 
@@ -60,6 +67,10 @@ def accelerated(posterior: Posterior, precision: Precision = "full", compile: bo
     the log. Raises ValueError for an unknown precision.
     """
     check_fast(precision, compile)
+    if precision == "bfloat16" and not posterior.x.is_cuda and "\nflags" in PROCESSOR and "bf16" not in PROCESSOR:
+        _tell_once(
+            "bfloat16 is imitated on this processor, which has no instructions for it: precision='full' is faster"
+        )
     fast = copy.copy(posterior)
     fast.generator = _frozen_copy(posterior.generator, precision)
     if compile:
@@ -67,6 +78,11 @@ def accelerated(posterior: Posterior, precision: Precision = "full", compile: bo
     elif posterior.x.is_cuda:
         fast.__class__ = _OnGraph
     return fast
+
+
+@lru_cache
+def _tell_once(message: str) -> None:
+    log.warning(message)
 
 
 def check_fast(precision: Precision, compile: bool) -> None:
@@ -246,14 +262,16 @@ class Spectrum(nn.Module):
         self._last: tuple[Tensor, tuple[int, bool], Tensor] | None = None
 
     def forward(self, x: Tensor) -> Tensor:
-        seen = x._version, torch.is_grad_enabled()
-        if self._last is None or self._last[0] is not x or self._last[1] != seen:
+        seen, last = (x._version, torch.is_grad_enabled()), self._last  # read once: other threads may replace it
+        if last is None or last[0] is not x or last[1] != seen:
             y = x.permute(2, 3, 0, 1).reshape(self.side, self.side, -1)  # [H, W, n * channels]
-            y = (self.along_width @ y).reshape(
-                2 * self.side, -1
-            )  # [H * 2, F * n * channels], 2: the real, the imaginary
-            self._last = x, seen, (self.along_height @ y).reshape(-1, *x.shape[:2])
-        return self._last[2]
+            # [H * 2, F * n * channels], 2: the real, the imaginary
+            y = (self.along_width @ y).reshape(2 * self.side, -1)
+            last = self._last = x, seen, (self.along_height @ y).reshape(-1, *x.shape[:2])
+        return last[2]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_last": None}  # part of a graph, which no copy can have
 
 
 class FourierConvolution(nn.Module):

@@ -74,8 +74,8 @@ def kl_objective(
 class StepSizeResult:
     """A step size and the evidence for it.
 
-    step_size : the s with the lowest objective (a `StepSizeSearch` by descent: where its step leads), ready for `short_run`: [] (share="all"), [K, 1, 1] ("step"), [d] ("layer": the
-        same number for all latents of one layer) or [n, 1] ("example").
+    step_size : the s with the lowest objective (a `StepSizeSearch` by descent: where its step leads), ready for `short_run`:
+        [] (share="all"), [K, 1, 1] ("step"), [d] ("layer": the same number for all latents of one layer) or [n, 1] ("example").
     candidates : what was tried, in order: the grid, or the iterates of the descent; [C, *step_size.shape].
     values : log q_s(e_K) - log p(x, e_K) for each candidate and image, its chains averaged: [C, n]; inf where an entropy (in
         a descent, also its gradient) was not finite, and where a chain diverged or a step had no inverse: for that image

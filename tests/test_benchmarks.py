@@ -47,6 +47,11 @@ def test_operations_are_those_of_the_direct_form():
     assert counted == 4 * n * (linear + convolutions)
 
 
+def test_fractions_of_the_peak_count_the_result_and_what_was_done_for_it():
+    found = speed.of_peak(direct=600, done=200, seconds=2.0, peak=400.0)
+    assert found["useful"] == 0.75 and found["done"] == 0.25
+
+
 def test_a_slow_side_is_not_timed_again_and_the_first_call_does_not_count(monkeypatch):
     seconds = {"slow": iter([50.0, 4.0, 6.0]), "fast": iter([9.0, 1.0, 2.0, 4.0])}
     monkeypatch.setattr(measuring, "seconds_of", lambda side: next(side))

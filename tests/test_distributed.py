@@ -25,15 +25,15 @@ from srlib.training import TrainingLoop, resume_file
 sys.path.insert(0, str(Path(__file__).parent / "faults"))
 import forks
 
-TINY = dict(latent_dims=[2, 3], channels=4, n_steps=2, n_updates=8, batch_size=8, n_samples=40)
+TINY = dict(latent_dims=[2, 3], channels=4, n_steps=2, n_updates=20, batch_size=8, n_samples=40)
 SYSTEMS = {
-    "short_run": dict(n_updates=12, step_size_search="grid", every=6, search_images=6),
-    "vae": dict(n_updates=4),
-    "ladder_vae": dict(n_updates=4),
-    "iaf": dict(n_updates=4, options=dict(n_flows=2, hidden=8)),
+    "short_run": dict(step_size_search="grid", every=6, search_images=6),
+    "vae": {},
+    "ladder_vae": {},
+    "iaf": dict(options=dict(n_flows=2, hidden=8)),
     "abp": {},
     "glo": dict(latent_dims=[5], options=dict(n_pca=30, inference_steps=5, n_starts=2)),
-    "glow": dict(n_updates=4, options=dict(n_levels=1, depth=2, width=8)),
+    "glow": dict(options=dict(n_levels=1, depth=2, width=8)),
 }
 CONFIGS = {system: TINY | own | dict(name=system, system=system) for system, own in SYSTEMS.items()}
 KILLED_AT = 7
@@ -76,6 +76,9 @@ def train_all(root):
     with distributed.processes():
         for system in CONFIGS:
             run(system, root / system)
+        one_column = torch.full((3, 2), float(torch.distributed.get_rank()))[:, 0]
+        distributed.agree([one_column])
+        assert (one_column == 0).all(), "the second process has another value than the first"
         before_update(KILLED_AT - 1, lambda: sys.exit("it began again"))
         run("short_run", root / "killed")
 
@@ -198,7 +201,7 @@ def test_two_processes_are_one(root, tmp_path, few_images):
         assert_same(root / system, tmp_path / system)
         # the second process cannot write at all, see `as_process`
         assert {p.name for p in (root / system).iterdir()} == {p.name for p in (tmp_path / system).iterdir()}
-    # and what was killed at update 7 of 12 went on from there: in two processes to the same bits, in one but for rounding
+    # and what was killed at update 7 of 20 went on from there: in two processes to the same bits, in one but for rounding
     assert json.loads((root / "codes.json").read_text())["be_killed"] == [-signal.SIGKILL] * 2
     whole, resumed = tensors_of(root / "short_run"), tensors_of(root / "killed")
     assert all(torch.equal(whole[name], resumed[name]) for name in whole)

@@ -3,6 +3,8 @@
 import copy
 import math
 import re
+import subprocess
+import sys
 
 import mpmath
 import pytest
@@ -90,6 +92,37 @@ def test_hessians_of_a_nonlinear_generator_are_finite_differences_of_the_score(s
         for k in range(len(e)):
             column = (posterior.score(e[k] + shift) - posterior.score(e[k] - shift)) / (2 * step)
             torch.testing.assert_close(h[k, :, i], column, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("differentiated", [False, True])
+def test_memory_of_stepwise_does_not_grow_with_the_chain(differentiated):
+    """Eight times the steps take less than a tenth of what their matrices would, chunk by chunk; in a process of its own."""
+    program = f"""
+import torch, srlib
+from srlib import entropy, provenance
+
+class Saturating(srlib.LinearGenerator):
+    def forward(self, e):
+        return torch.tanh(super().forward(e))
+
+torch.set_num_threads(1)
+g = Saturating(0.1 * torch.randn(20, 200, dtype=torch.float64), torch.zeros(20, dtype=torch.float64))
+posterior = srlib.Posterior(g, torch.rand(8, 20, 1, 1, dtype=torch.float64), 0.5)
+
+def peak(n_steps):
+    s = torch.tensor(0.01, dtype=torch.float64, requires_grad={differentiated})
+    chain = srlib.short_run(posterior, n_steps, s, keep_trajectory=True)
+    total = entropy.stepwise_log_abs_det(posterior, chain, chunk_size=8).sum()
+    if s.requires_grad:
+        total.backward()
+    return provenance.peak_memory()
+
+few = peak(5)
+print(peak(40) - few)
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    matrices = 8 * (40 - 5) * 8 * 200**2  # bytes
+    assert int(done.stdout) < 0.1 * matrices
 
 
 def in_50_digits(posterior, chain):

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 import math
+import weakref
 
 import pytest
 import torch
@@ -143,6 +145,64 @@ def test_convolutions_of_the_same_images_share_their_spectrum():
         assert spectrum(image) is shared
 
 
+def test_a_spectrum_is_not_shared_by_what_may_differ():
+    """The same tensor with and without a graph, and after a change in place: each has a spectrum of its own."""
+    spectrum, x = Spectrum(6, 3, 1), torch.randn(2, 3, 6, 6, dtype=torch.float64, requires_grad=True)
+    with torch.no_grad():
+        plain = spectrum(x)
+    assert not plain.requires_grad and spectrum(x).requires_grad
+    assert spectrum(x) is spectrum(x)
+    with torch.no_grad():
+        x.mul_(2)
+        torch.testing.assert_close(spectrum(x), 2 * plain)
+
+
+def test_an_accelerated_posterior_can_be_copied_after_use(monkeypatch):
+    monkeypatch.setattr(inner_loop, "WORTH", 1e-9)
+    posterior = posterior_of(GENERATORS["top down"]())
+    fast, e = accelerated(posterior), posterior.generator.sample_prior(4).requires_grad_()
+    fast.generator(e)
+    torch.testing.assert_close(copy.deepcopy(fast.generator)(e), fast.generator(e), rtol=0, atol=0)
+
+
+def test_weights_of_convolutions_are_in_the_order_that_processors_like(monkeypatch):
+    monkeypatch.setattr(inner_loop, "WORTH", math.inf)
+    fast = accelerated(posterior_of(GENERATORS["top down, colour, wide"]())).generator
+    kernels = [m.weight for m in fast.modules() if isinstance(m, nn.Conv2d) and m.kernel_size != (1, 1)]
+    assert kernels and all(kernel.is_contiguous(memory_format=torch.channels_last) for kernel in kernels)
+
+
+@pytest.mark.parametrize(
+    "maker, flags, expected",
+    [
+        ("AuthenticAMD", "avx2", (math.inf, 3.0)),
+        ("GenuineIntel", "avx512_bf16", (3.0, 3.0)),
+        ("GenuineIntel", "avx512_bf16 amx_bf16", (3.0, math.inf)),
+    ],
+)
+def test_where_frequencies_pay_depends_on_the_processor(maker, flags, expected):
+    assert inner_loop._worth(f"vendor_id\t: {maker}\nflags\t\t: fpu {flags}") == expected
+
+
+def test_multiplications_that_frequencies_save():
+    """5x5 on 16x16 pixels, counted by hand: N = 18, F = 10."""
+    conv = nn.Conv2d(64, 32, 5, padding=2)
+    direct = 25 * 16 * 16 * 64 * 32
+    there, products, back = 16 * 16 * 20 + 3 * 18 * 32 * 10, 3 * 18 * 10 * 64 * 32, 32 * 54 * 10 + 16 * 16 * 20
+    assert inner_loop._saving(conv, 16) == pytest.approx(direct / (64 * there + products + 32 * back))
+    assert inner_loop._saving(nn.Conv2d(64, 32, 5, stride=2), 16) == 0 == inner_loop._saving(nn.GELU(), 16)
+
+
+@pytest.mark.parametrize("flags, told", [("avx2", 1), ("avx512_bf16", 0)])
+def test_bfloat16_that_is_imitated_is_told_once(flags, told, monkeypatch, caplog):
+    inner_loop._tell_once.cache_clear()
+    monkeypatch.setattr(inner_loop, "PROCESSOR", f"vendor_id : X\nflags : fpu {flags}")
+    for _ in range(2):
+        accelerated(posterior_of(GENERATORS["linear"]()), "bfloat16")
+    assert [r.name for r in caplog.records] == ["srlib.inner_loop"] * told
+    inner_loop._tell_once.cache_clear()
+
+
 def test_chains_are_the_same_and_reproducible():
     posterior = posterior_of(GENERATORS["top down, colour, wide"]())
 
@@ -176,6 +236,35 @@ def test_a_derivative_in_the_step_size_is_that_of_the_whole_graph():
             found.append(torch.autograd.grad(final.sin().sum(), s)[0])
     for other in found[:-1]:
         assert relative(other, found[-1]) < 1e-10
+
+
+def test_a_chain_whose_step_size_is_differentiated_keeps_its_states_alone():
+    """What a graph keeps alive, counted: for one more step a few tensors [n, d], not the generator's activations."""
+
+    class Kept:
+        def __init__(self, tensor: torch.Tensor) -> None:
+            self.tensor = tensor
+
+    posterior, n = posterior_of(GENERATORS["top down, colour, wide"](), 4), 4
+    start = posterior.generator.sample_prior(n)
+
+    def kept_numbers(n_steps: int, start: torch.Tensor) -> int:
+        alive: weakref.WeakSet[Kept] = weakref.WeakSet()
+
+        def keep(tensor: torch.Tensor) -> Kept:
+            alive.add(kept := Kept(tensor))
+            return kept
+
+        s = torch.full((n_steps, 1, 1), 1e-4, requires_grad=True)
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda kept: kept.tensor):
+            chain = srlib.short_run(posterior, n_steps, s, start)
+        return sum(kept.tensor.numel() for kept in alive) if chain.final.requires_grad else 0
+
+    states = start.numel()
+    per_step = (kept_numbers(6, start) - kept_numbers(3, start)) / 3
+    assert states <= per_step < 10 * states
+    with_graph = start.clone().requires_grad_()
+    assert (kept_numbers(6, with_graph) - kept_numbers(3, with_graph)) / 3 > 1000 * states
 
 
 def test_what_cannot_be_compiled_runs_as_it_is_and_says_so(monkeypatch, caplog):
