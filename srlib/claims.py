@@ -31,8 +31,10 @@ WHOSE = ("paper", "implied", "ours")  # who says so: the paper; what it says imp
 ONE_SEED = " for one seed"  # errors over images do not tell how far another training would be
 CONFIDENCE = 0.95
 LETTERS = {"layers": "L", "n_steps": "K"}
+GRID = tuple(2 ** (i / 2) for i in range(-4, 5))  # times the noise scale of a run
 HIDDEN = {"scattered": ("pixels", 0.75), "left half": ("left", 0.5)}  # as in the chapter on inpainting
-HOLDS, FAILS, INCONCLUSIVE, NOT_RUN, DIVERGED, MIXED = "holds", "fails", "inconclusive", "not run", "diverged", "mixed"
+HOLDS, FAILS, INCONCLUSIVE, MIXED = "holds", "fails", "inconclusive", "mixed"
+NOT_RUN, DIVERGED, NOT_MEASURABLE = "not run", "diverged", "not measurable"
 
 
 class Evidence(NamedTuple):
@@ -165,7 +167,7 @@ def judge(claim: Claim, results: Path, n_images: float = math.inf) -> list[Judge
 def verdict(evidence: Evidence, above: float, below: float) -> str:
     """Whether the whole interval of the evidence is between `above` and `below`, all outside on one side, or neither.
 
-    Raises ValueError for bounds, or ends of the interval, in the wrong order.
+    What the runs do not tell, such as of known factors where the images have none, has no effect and is not measurable. Raises ValueError for bounds, or ends of the interval, in the wrong order.
     """
     if not isinstance(evidence, Evidence) or evidence.lower > evidence.upper:
         raise ValueError(f"evidence={evidence!r} must be an Evidence with lower <= upper")
@@ -174,20 +176,22 @@ def verdict(evidence: Evidence, above: float, below: float) -> str:
             raise ValueError(f"{name}={bound!r} must be a number, infinite for no bound")
     if not above < below:
         raise ValueError(f"nothing is between above={above} and below={below}; give the lower bound as above")
+    if math.isnan(evidence.effect):
+        return NOT_MEASURABLE
     if above < evidence.lower and evidence.upper < below:
         return HOLDS
     return FAILS if evidence.upper <= above or evidence.lower >= below else INCONCLUSIVE
 
 
 def overall(judged: Sequence[Judged]) -> str:
-    """The verdict on all cases that were run: it holds where all do, fails where one does and none holds, is mixed where both happen.
+    """The verdict on all cases that were run and measured: it holds where all do, fails where one does and none holds, is mixed where both happen.
 
     Otherwise it is inconclusive, however many cases hold. It is "for one seed" where it rests on such a case.
     Raises ValueError where there are no cases.
     """
     if not judged:
         raise ValueError(f"judged={judged!r} has no cases; give at least one, as `judge` does")
-    run = [case.verdict for case in judged if case.verdict not in (NOT_RUN, DIVERGED)]
+    run = [case.verdict for case in judged if case.verdict not in (NOT_RUN, DIVERGED, NOT_MEASURABLE)]
     if not run:
         return min(case.verdict for case in judged)
     held, failed = ([found for found in run if found.removesuffix(ONE_SEED) == word] for word in (HOLDS, FAILS))
@@ -209,27 +213,23 @@ NO_FACTORS = Evidence(math.nan, -math.inf, math.inf, "images without known facto
 def score_difference(ours: Seeds, *theirs: Seeds, score: str, source: str = "prior") -> Evidence:
     """Our score minus theirs, or minus the lowest of theirs where there are several (which is chosen in their favour).
 
-    score : "mse", or "fd" or "kid" of samples from `source`, "prior" or "aggregate". Seeds that both have are paired; with one seed
-    the two errors over images are added as if they were independent, which is on the safe side for the same images.
+    score : "mse", or "fd" or "kid" of samples from `source`, "prior" or "aggregate". The difference and its interval are those of
+    `comparison.gap`, as in the chapters.
     """
     read = comparison.squared_error if score == "mse" else comparison.distance(score, source)
-
-    def scores(seeds: Seeds) -> dict[int, tuple[float, float | None]]:
-        found = {seed: read(verified_metrics(folder)) for seed, folder in seeds.items()}
-        return {seed: pair for seed, pair in found.items() if pair is not None}
-
-    first, others = scores(ours), [found for found in map(scores, theirs) if found]
-    if not first or not others:
+    first, *others = (
+        comparison.mean_score({seed: read(verified_metrics(folder)) for seed, folder in seeds.items()})
+        for seeds in (ours, *theirs)
+    )
+    others = [found for found in others if found is not None]
+    if first is None or not others:
         return Evidence(math.nan, -math.inf, math.inf, "no scores")
-    best = min(others, key=lambda found: statistics.mean(value for value, _ in found.values()))
-    both = sorted(first.keys() & best.keys())
-    if not both:
-        return NO_COMMON_SEED
-    differences = [first[seed][0] - best[seed][0] for seed in both]
-    if len(both) > 1:
-        return over(differences, "seeds")
-    error = math.hypot(*(pair[both[0]][1] or 0.0 for pair in (first, best)))
-    return _interval(differences[0], error, math.inf, "1 seed, over images")
+    best = min(others, key=lambda found: found.value)
+    gap, n_pairs = comparison.gap(first, best), len(first.by_seed.keys() & best.by_seed.keys())
+    half = gap.decisive * gap.standard_error
+    unpaired = "1 seed, over images" if gap.one_seed else f"{first.n_seeds} and {best.n_seeds} seeds"
+    of = f"{n_pairs} seeds" if n_pairs > 1 else unpaired
+    return Evidence(gap.value, gap.value - half, gap.value + half, of)
 
 
 def end_of_search(runs: Seeds, *others: Seeds, reference: float = 1.0) -> Evidence:
@@ -254,6 +254,8 @@ def spread_of_ends(runs: Seeds) -> Evidence:
     if len(ends) < 2:
         return Evidence(math.nan, -math.inf, math.inf, "1 seed")
     spread, free = statistics.stdev(ends), len(ends) - 1
+    if spread == 0:  # the same point of a grid for all seeds: they differ by less than the grid can tell
+        return Evidence(0.0, 0.0, math.inf, f"{len(ends)} seeds")
     lower, upper = (spread * math.sqrt(free / chi2.ppf(q, free)) for q in (0.5 + CONFIDENCE / 2, 0.5 - CONFIDENCE / 2))
     return Evidence(spread, lower, upper, f"{len(ends)} seeds")
 
@@ -428,6 +430,32 @@ def largest_rise(runs: Seeds, n_images: int, n_chains: int = 16) -> Evidence:
     return _over_seeds(values)
 
 
+def interior_optimum(runs: Seeds, n_images: int, estimator: str = "linear_noise") -> Evidence:
+    """The objective of Eq. (20) at the lower end of a grid of step sizes, from a quarter of the run's own noise scale to four times it,
+    minus that at the best point between the ends, in nats per latent. Best and end are chosen on every other image and judged on the others.
+    """
+    import torch
+
+    from .step_size import TOO_LARGE, kl_objective
+
+    values = []
+    for folder in runs.values():
+        posterior, system = _posterior(folder, n_images)
+        objectives = []
+        for factor in GRID:
+            rng = torch.Generator().manual_seed(0)
+            try:
+                found = kl_objective(posterior, factor**2 * system.step_size, system.n_steps, estimator, rng=rng)
+            except TOO_LARGE:
+                found = torch.full((len(posterior),), math.inf, dtype=torch.float64)
+            objectives.append(found.detach() / system.generator.latent_dim)
+        grid = torch.stack(objectives)
+        chosen = grid[:, ::2].mean(1)
+        best, end = 1 + chosen[1:-1].argmin(), (len(GRID) - 1) * chosen[[0, -1]].argmin()
+        values.append((grid[end, 1::2] - grid[best, 1::2]).tolist())
+    return _over_seeds(values)
+
+
 def first_divergence(runs: Seeds, n_images: int) -> Evidence:
     """KL(q_s || p) at the first snapshot of the training, with the sigma and s in force there, in nats per latent."""
     return _over_seeds([_divergences(folder, n_images, _snapshots(folder)[0]) for folder in runs.values()])
@@ -478,21 +506,33 @@ def residual_left(runs: Seeds, n_images: int, n_batches: int = 20) -> Evidence:
 
 def inpainting_difference(ours: Seeds, theirs: Seeds, n_images: int, hidden: str) -> Evidence:
     """Our mean squared error per hidden pixel of one inpainting minus theirs, by test image. hidden : one of HIDDEN."""
-    import torch
-
-    from .evaluation import inpainting
+    from .evaluation.inpainting import hidden_squared_error
 
     values = []
     for seed in sorted(ours.keys() & theirs.keys()):
         errors = []
         for folder in (ours[seed], theirs[seed]):
-            system, x = _system(folder, n_images)
-            kind, rate = HIDDEN[hidden]
-            rng = torch.Generator().manual_seed(0)
-            mask = inpainting.observed_mask(kind, n_images, tuple(x.shape[1:]), rate, rng)
-            draw = inpainting.inpaintings(system, x, mask, 1, rng)[0]
-            errors.append(inpainting.hidden_squared_error(x, draw, mask))
+            x, mask, draw = _inpainted(folder, n_images, hidden)
+            errors.append(hidden_squared_error(x, draw, mask))
         values.append((errors[0] - errors[1]).tolist())
+    return _over_seeds(values)
+
+
+def inpainting_against_fill(runs: Seeds, n_images: int, hidden: str, fill: str) -> Evidence:
+    """Our mean squared error per hidden pixel of one inpainting minus that of pixels taken from training images, by test image.
+
+    hidden : one of HIDDEN; fill : the "mean" training image, or the one that is "nearest" where pixels are observed.
+    """
+    from .data import load, to_unit_range
+    from .evaluation.inpainting import hidden_squared_error, mean_fill, nearest_fill
+
+    fills = {"mean": mean_fill, "nearest": nearest_fill}
+    values = []
+    for folder in runs.values():
+        x, mask, draw = _inpainted(folder, n_images, hidden)
+        training = to_unit_range(load(verified_metrics(folder)["config"]["dataset"]).train.images)
+        filled = fills[fill](x, mask, training)
+        values.append((hidden_squared_error(x, draw, mask) - hidden_squared_error(x, filled, mask)).tolist())
     return _over_seeds(values)
 
 
@@ -501,6 +541,7 @@ QUANTITIES: dict[str, Callable[..., Evidence]] = {
     for f in (
         score_difference, end_of_search, spread_of_ends, late_change, search_share, smallest_eigenvalue, folding_share, excess_of_eq_17, start_share,
         gradient_to_noise, largest_rise, first_divergence, change_of_divergence, divergence_difference, residual_left, inpainting_difference,
+        inpainting_against_fill, interior_optimum,
         layer_lead, layer_contrast,
     )
 }  # fmt: skip
@@ -508,7 +549,7 @@ UNITS = dict.fromkeys(QUANTITIES, "") | {
     "end_of_search": "log δ", "spread_of_ends": "log δ", "late_change": "log δ", "search_share": "share of time", "smallest_eigenvalue": "log₁₀", "folding_share": "share of images",
     "excess_of_eq_17": "nats per latent", "start_share": "share of variance", "gradient_to_noise": "log ratio", "largest_rise": "nats",
     "first_divergence": "nats per latent", "change_of_divergence": "nats per latent", "divergence_difference": "nats per latent",
-    "residual_left": "ratio", "inpainting_difference": "MSE", "layer_lead": "share told", "layer_contrast": "share told",
+    "residual_left": "ratio", "inpainting_difference": "MSE", "inpainting_against_fill": "MSE", "interior_optimum": "nats per latent", "layer_lead": "share told", "layer_contrast": "share told",
 }  # fmt: skip
 
 
@@ -588,6 +629,19 @@ def _short_run(folder: Path, n_images: int) -> tuple[Posterior, Chain]:
     posterior, system = _posterior(folder, n_images)
     rng = torch.Generator().manual_seed(0)
     return posterior, short_run(posterior, system.n_steps, system.step_size, rng=rng, keep_trajectory=True)
+
+
+def _inpainted(folder: Path, n_images: int, hidden: str) -> tuple[Tensor, Tensor, Tensor]:
+    """The first test images, which of their pixels are observed, and one inpainting of each."""
+    import torch
+
+    from .evaluation.inpainting import inpaintings, observed_mask
+
+    system, x = _system(folder, n_images)
+    kind, rate = HIDDEN[hidden]
+    rng = torch.Generator().manual_seed(0)
+    mask = observed_mask(kind, n_images, tuple(x.shape[1:]), rate, rng)
+    return x, mask, inpaintings(system, x, mask, 1, rng)[0]
 
 
 @functools.cache

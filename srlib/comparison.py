@@ -10,9 +10,11 @@ from __future__ import annotations
 
 import inspect
 import re
+import statistics
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from . import checkpoints
@@ -120,15 +122,19 @@ class Run:
 
 
 class Score(NamedTuple):
-    """A mean over seeds. standard_error: over seeds where there are several, else over images; None where unknown."""
+    """A mean over seeds. standard_error: over seeds where there are several, else over images; None where unknown.
+
+    by_seed : the values that it is the mean of, where they are known.
+    """
 
     value: float
     standard_error: float | None
     n_seeds: int
+    by_seed: Mapping[int, float] = MappingProxyType({})
 
 
 class Gap(NamedTuple):
-    """The difference of two scores and its standard error, as if the two were independent.
+    """The difference of two scores and its standard error.
 
     decisive : how many standard errors decide; one_seed : whether one of the two is a single training, the error of which is over images.
     """
@@ -184,31 +190,44 @@ def diverged_runs(results: Path) -> list[Run]:
 
 def score(runs: Iterable[Run], dataset: str, row: Row, read: Reader) -> Score | None:
     """What `read` finds in the metrics of this row's runs; None where there is none, "not run in this profile"."""
-    found = [read(run.metrics) for run in runs if run.dataset == dataset and run.row == row]
-    pairs = [pair for pair in found if pair is not None]
+    return mean_score({r.config["seed"]: read(r.metrics) for r in runs if r.dataset == dataset and r.row == row})
+
+
+def mean_score(found: Mapping[int, tuple[float, float | None] | None]) -> Score | None:
+    """The score of several trainings from what a `Reader` finds in each, by seed; None where it found nothing."""
+    pairs = {seed: pair for seed, pair in found.items() if pair is not None}
     if not pairs:
         return None
-    values, n = [value for value, _ in pairs], len(pairs)
-    mean = sum(values) / n
+    values, n = {seed: value for seed, (value, _) in pairs.items()}, len(pairs)
+    mean = sum(values.values()) / n
     if n == 1:
-        return Score(mean, pairs[0][1], 1)
-    return Score(mean, (sum((value - mean) ** 2 for value in values) / (n - 1) / n) ** 0.5, n)
+        return Score(mean, next(iter(pairs.values()))[1], 1, values)
+    return Score(mean, statistics.stdev(values.values()) / n**0.5, n, values)
 
 
 def gap(score: Score, other: Score) -> Gap:
-    """score - other. For scores on the same images, whose errors go together, the standard error is on the safe side.
+    """score - other: of the seeds that both have, in pairs, with Student's quantile in the place of `DECISIVE`.
 
-    Where an error is over seeds, Student's quantile with the degrees of freedom of Welch (1947) takes the place of `DECISIVE`.
+    Where they have not two seeds in common, the difference of the means as if the two were independent (for errors over the same images
+    this is on the safe side); if one of them is over seeds, with the degrees of freedom of Welch (1947).
     """
+    shared = score.by_seed.keys() & other.by_seed.keys()
+    if len(shared) > 1:
+        differences = [score.by_seed[seed] - other.by_seed[seed] for seed in shared]
+        error = statistics.stdev(differences) / len(shared) ** 0.5
+        return Gap(statistics.fmean(differences), error, _student(len(shared) - 1))
     both = (score, other)
     parts = [(s.standard_error or 0.0) ** 2 for s in both]
     few = sum(part**2 / (s.n_seeds - 1) for s, part in zip(both, parts) if s.n_seeds > 1)
-    decisive = DECISIVE
-    if few:
-        from scipy.stats import t
-
-        decisive = max(DECISIVE, float(t.ppf(0.5 + CONFIDENCE / 2, sum(parts) ** 2 / few)))
+    decisive = _student(sum(parts) ** 2 / few) if few else DECISIVE
     return Gap(score.value - other.value, sum(parts) ** 0.5, decisive, min(s.n_seeds for s in both) < 2)
+
+
+def _student(freedom: float) -> float:
+    """How many standard errors make Student's interval."""
+    from scipy.stats import t
+
+    return max(DECISIVE, float(t.ppf(0.5 + CONFIDENCE / 2, freedom)))
 
 
 def cell(runs: Iterable[Run], diverged: Iterable[Run], dataset: str, row: Row, read: Reader, digits: int = 4) -> str:

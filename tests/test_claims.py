@@ -9,8 +9,8 @@ import pytest
 import torch
 
 import srlib
-from srlib import checkpoints, claims
-from srlib.claims import FAILS, HOLDS, INCONCLUSIVE, MIXED, NOT_RUN, ONE_SEED, Claim, Evidence, Judged
+from srlib import checkpoints, claims, comparison
+from srlib.claims import FAILS, HOLDS, INCONCLUSIVE, MIXED, NOT_MEASURABLE, NOT_RUN, ONE_SEED, Claim, Evidence, Judged
 
 sys.path.insert(0, str(Path(__file__).parent))
 from test_comparison import write_run
@@ -29,7 +29,9 @@ def claim(runs, cases=None, **given):
      (-math.inf, math.inf, INCONCLUSIVE), (0.2, 0.2, FAILS)],
 )  # fmt: skip
 def test_a_verdict_compares_two_intervals(lower, upper, expected):
-    assert claims.verdict(Evidence((lower + upper) / 2, lower, upper, "4 seeds"), -0.2, 0.2) == expected
+    middle = 0.0 if lower == -upper else (lower + upper) / 2
+    assert claims.verdict(Evidence(middle, lower, upper, "4 seeds"), -0.2, 0.2) == expected
+    assert claims.verdict(Evidence(math.nan, lower, upper, "no scores"), -0.2, 0.2) == NOT_MEASURABLE
 
 
 @pytest.mark.parametrize(
@@ -84,6 +86,41 @@ def test_seeds_are_paired(tmp_path):
 
 
 @pytest.mark.parametrize(
+    "seeds, others", [((0, 1, 2), (0, 1, 2)), ((0, 1, 2), (0,)), ((0,), (0,)), ((0, 1, 2), (5, 6))]
+)
+def test_the_ledger_and_the_chapters_judge_alike(tmp_path, seeds, others):
+    """Both by `comparison.gap`, whichever seeds the two systems have."""
+    for name, own, base in (("short_run-digits-L3", seeds, 0.03), ("ladder_vae-digits-L3", others, 0.035)):
+        for seed in own:
+            mse, system = base + 0.002 * (seed % 3), name.partition("-")[0]
+            write_run(tmp_path, name, mse=mse, error=0.001, seed=seed, system=system)
+    (judged,) = claims.judge(claim(["short_run-digits-L3", "ladder_vae-digits-L3"]), tmp_path)
+    runs = comparison.finished_runs(tmp_path, range(9))
+    ours, theirs = (
+        comparison.score(runs, "digits", comparison.Row(system, 3), comparison.squared_error)
+        for system in ("short_run", "ladder_vae")
+    )
+    found = comparison.gap(ours, theirs)
+    assert judged.evidence.effect == pytest.approx(found.value)
+    words = {"yes": HOLDS, "no": FAILS, "undecided": INCONCLUSIVE}
+    assert judged.verdict.removesuffix(ONE_SEED) == words[found.lower]
+
+
+def test_the_best_step_size_lies_inside_where_the_ends_are_worse(monkeypatch):
+    """A parabola in log s whose minimum is at the run's own step size, or at the upper end of the grid: by hand."""
+    system = SimpleNamespace(step_size=torch.tensor(0.02), n_steps=5, generator=SimpleNamespace(latent_dim=2))
+    monkeypatch.setattr(claims, "_posterior", lambda folder, n: (range(n), system))
+    for place, expected in ((1.0, math.log(4) ** 2), (4.0, -((math.log(4) - math.log(2**1.5)) ** 2))):
+
+        def objective(posterior, s, n_steps, estimator, rng, place=place):
+            return ((s / 0.02).sqrt() / place).log().square().double().expand(len(posterior)) * 2
+
+        monkeypatch.setattr("srlib.step_size.kl_objective", objective)
+        found = claims.interior_optimum({0: Path("a"), 1: Path("b")}, 6)
+        assert found.effect == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize(
     "gap, expected", [(0.0029, HOLDS + ONE_SEED), (0.0027, INCONCLUSIVE), (-0.003, FAILS + ONE_SEED)]
 )
 def test_one_seed_is_judged_by_its_errors_over_images(tmp_path, gap, expected):
@@ -127,6 +164,10 @@ def test_step_sizes_are_compared_as_ratios_of_noise_scales(tmp_path):
     # chi square of 2 degrees of freedom is exponential: its quantiles are -2 log(1 - q)
     assert spread.lower == pytest.approx(spread.effect / math.sqrt(-math.log(0.025)), rel=1e-6)
     assert spread.upper == pytest.approx(spread.effect / math.sqrt(-math.log(0.975)), rel=1e-6)
+    for seed in range(3):
+        write_run(tmp_path, "same", scores={"noise_scale": 0.05}, seed=seed)
+    equal = claims.spread_of_ends({s: tmp_path / f"same-seed{s}" for s in range(3)})
+    assert (equal.lower, equal.upper) == (0.0, math.inf)  # what a grid of candidates can tell: no more than that
 
 
 def test_the_share_of_the_search_is_that_of_the_seconds_of_training(tmp_path):
@@ -295,7 +336,7 @@ def test_images_without_factors_tell_nothing_of_layers(monkeypatch):
         claims.layer_lead(runs, ["hue"], 1, 9),
         claims.layer_contrast(runs, first="hue", second="digit", n_probed=9),
     ):
-        assert found.of == "images without known factors" and claims.verdict(found, 0, math.inf) == INCONCLUSIVE
+        assert found.of == "images without known factors" and claims.verdict(found, 0, math.inf) == NOT_MEASURABLE
 
 
 def test_fields_that_no_name_has_are_options_and_a_preview_takes_few_images(tmp_path, monkeypatch):

@@ -94,14 +94,14 @@ def test_scores_of_one_seed_and_of_several(tmp_path):
     write_run(tmp_path, "short_run-digits-L3", mse=0.03, error=0.001)
     row, read = Row("short_run", 3), comparison.squared_error
     runs = comparison.finished_runs(tmp_path, [0, 1])
-    assert comparison.score(runs, "digits", row, read) == Score(0.03, 0.001, 1)
+    assert comparison.score(runs, "digits", row, read) == Score(0.03, 0.001, 1, {0: 0.03})
     assert comparison.score(runs, "mnist", row, read) is None
     assert comparison.cell(runs, [], "digits", row, read) == "0.0300\N{NO-BREAK SPACE}±\N{NO-BREAK SPACE}0.0010†"
     assert comparison.cell(runs, [], "mnist", row, read) == "not run"
     assert comparison.cell(runs, [], "digits", row, comparison.distance("fd", "prior")) == "no score"
     write_run(tmp_path, "short_run-digits-L3", mse=0.05, seed=1)
     runs = comparison.finished_runs(tmp_path, [0, 1])
-    value, error, n = comparison.score(runs, "digits", row, read)
+    value, error, n, _ = comparison.score(runs, "digits", row, read)
     assert (value, error, n) == (pytest.approx(0.04), pytest.approx(0.01), 2)  # sd 0.01 sqrt 2, over sqrt 2
 
 
@@ -150,6 +150,13 @@ def test_a_gap_is_decided_from_two_standard_errors_on_or_more_where_seeds_are_fe
     assert comparison.gap(Score(0.0, 1.0, 3), Score(2.7, 1.0, 3)).answer == "undecided"
     assert comparison.gap(Score(0.0, 0.1, 3), Score(2.7, 0.1, 3)).answer == "yes"
     assert Gap(-0.02, 0.005).lower == "yes"
+
+
+def test_a_gap_is_that_of_pairs_where_two_seeds_are_common():
+    """Differences 1, 2, 3 whatever the seeds do; t of 2 degrees of freedom. Of seed 9 there is no pair."""
+    ours, theirs = {0: 11.0, 1: 22.0, 2: 33.0}, {2: 30.0, 1: 20.0, 0: 10.0, 9: 500.0}
+    found = comparison.gap(Score(22.0, 6.4, 3, ours), Score(140.0, 120.0, 4, theirs))
+    assert found == Gap(2.0, pytest.approx(1 / 3**0.5), pytest.approx(4.303, abs=1e-3), False)
     assert Gap(0.02, 0.005).lower == "no"
     assert str(Gap(-0.00001, 0.001)).startswith("+0.0000")
     assert str(Gap(-12.3456, 0.5)).split("\N{NO-BREAK SPACE}") == ["-12.35", "±", "0.50"]
