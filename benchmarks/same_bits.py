@@ -1,12 +1,13 @@
 """Whether today's sources train the same bits as those of another commit; if they do, what was trained with those counts as current.
 
-    [SRLIB_DATA=DIR] python benchmarks/same_bits.py COMMIT PROFILE
+    python benchmarks/same_bits.py COMMIT
 
 A run is out of date as soon as a line of code has changed that it can reach, be it only that of an error message. This program
-trains each row of the matrix of PROFILE that has a finished run for a few updates with both sources, scores it, and compares
+trains each row of the `digits` matrix that has a finished run for a few updates with both sources, scores it, and compares
 weights, histories and scores bit for bit. The finished runs of all systems that agree are marked as current; their metrics
-keep, as "same_bits", which sources they were trained with and what was compared. What agreed stands in same_bits.json, by
-profile: with unchanged sources the program can be called again, to mark further finished runs of the rows that were compared.
+keep, as "same_bits", which sources they were trained with and what was compared. So are those of the `reference` matrix, by the same
+evidence: they are of the same systems, on other images. What agreed stands in same_bits.json: with
+unchanged sources the program can be called again, to mark further finished runs of the rows that were compared.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from datetime import date
 from pathlib import Path
 from typing import Any
 
-from srlib import checkpoints, data, experiment, provenance
+from srlib import checkpoints, experiment, provenance
 
 ROOT = Path(__file__).resolve().parent.parent
 RECORD = ROOT / "benchmarks" / "same_bits.json"
@@ -53,8 +54,6 @@ def train(given: Path) -> None:
         with tempfile.TemporaryDirectory() as folder:
             try:
                 metrics = experiment.run(experiment.Config.from_dict(row), folder, progress=False)
-            except data.DataError:
-                raise
             except (ArithmeticError, ValueError) as error:
                 print(json.dumps({"row": row["name"], "system": row["system"], "error": str(error)}), flush=True)
                 continue
@@ -91,11 +90,9 @@ def agreeing(old: list[dict[str, Any]], new: list[dict[str, Any]]) -> dict[str, 
     return {system: found for system, found in systems.items() if found["same"] and "old" in found}
 
 
-def compared(commit: str, profile: str, configs: Iterable[experiment.Config]) -> dict[str, dict[str, Any]]:
+def compared(commit: str, configs: Iterable[experiment.Config]) -> dict[str, dict[str, Any]]:
     """`agreeing` for the sources of `commit` and today's, from the record if that is of these."""
-    records, wanted = checkpoints.read_json(RECORD) if RECORD.exists() else {}, rows(configs)
-    records.pop("checksum", None)
-    record = records.get(profile, {})
+    record, wanted = checkpoints.read_json(RECORD) if RECORD.exists() else {}, rows(configs)
     today = {system: provenance.source_hash(experiment.modules(system)) for system in experiment.SYSTEMS}
     names = sorted(checkpoints.checksum({**row, "name": "", "seed": 0}) for row in wanted)
     if record.get("commit") == commit and record["today"] == today and {*names} <= {*record["compared"]}:
@@ -116,8 +113,7 @@ def compared(commit: str, profile: str, configs: Iterable[experiment.Config]) ->
         "date": date.today().isoformat(),
         "compared": names,
     }
-    record = {**about, "systems": systems, "environment": provenance.environment()}
-    checkpoints.write_json(RECORD, {**records, profile: record})
+    checkpoints.write_json(RECORD, {**about, "systems": systems, "environment": provenance.environment()})
     return systems
 
 
@@ -135,26 +131,30 @@ def mark(folder: Path, found: dict[str, Any], commit: str) -> bool:
     return True
 
 
-def main(commit: str, profile_name: str) -> int:
+def main(commit: str) -> int:
     sys.path.insert(0, str(ROOT / "papermill_runs"))
     import pipeline  # not in the processes of `train`, whose sources may be others
 
-    profile, name = pipeline.load_profile(profile_name), _git("rev-parse", commit)
-    finished = [job for job in profile.runs if job.output.with_name("metrics.json").exists() and job.result.exists()]
-    same = compared(name, profile_name, [job.config for job in finished])
-    marked = []
-    for system in dict.fromkeys(job.config.system for job in finished):
+    profiles = [pipeline.load_profile(name) for name in ("digits", "reference")]
+    name = _git("rev-parse", commit)
+    same = compared(name, [job.config for job in profiles[0].runs if job.output.with_name("metrics.json").exists()])
+    for system in experiment.SYSTEMS:
         told = f"{same[system]['rows']} rows agree in every bit" if system in same else "OTHER BITS"
         print(f"{system}: {told}")
-    for job in finished:
-        if job.config.system in same and mark(job.output.parent, same[job.config.system], name):
-            # what the notebook shows are the run's own files, which have not changed
-            result = checkpoints.read_json(job.result)
-            result.pop("checksum")
-            checkpoints.write_json(job.result, {**result, "key": pipeline.key(job, profile)})
-            marked.append(job.name)
+    marked = []
+    for profile in profiles:
+        for job in profile.runs:
+            metrics = job.output.with_name("metrics.json")
+            if job.config.system not in same or not (metrics.exists() and job.result.exists()):
+                continue
+            if mark(metrics.parent, same[job.config.system], name):
+                # what the notebook shows are the run's own files, which have not changed
+                result = checkpoints.read_json(job.result)
+                result.pop("checksum")
+                checkpoints.write_json(job.result, {**result, "key": pipeline.key(job, profile)})
+                marked.append(job.name)
     print(f"{len(marked)} runs of {name[:12]} are marked as current")
-    return 0 if {job.config.system for job in finished} <= same.keys() else 1
+    return 0 if same.keys() == experiment.SYSTEMS.keys() else 1
 
 
 def _git(*arguments: str) -> str:
@@ -167,7 +167,7 @@ def _git(*arguments: str) -> str:
 if __name__ == "__main__":
     if sys.argv[1:2] == ["--train"]:
         train(Path(sys.argv[2]))
-    elif len(sys.argv) == 3:
-        sys.exit(main(sys.argv[1], sys.argv[2]))
+    elif len(sys.argv) == 2:
+        sys.exit(main(sys.argv[1]))
     else:
         sys.exit(__doc__)
