@@ -1212,6 +1212,7 @@ OF_RUNS = {
     "finished_runs",
     "diverged_runs",
     "score",
+    "mean_score",
     "gap",
     "cell",
 }
