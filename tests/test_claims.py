@@ -120,6 +120,19 @@ def test_the_best_step_size_lies_inside_where_the_ends_are_worse(monkeypatch):
         assert found.effect == pytest.approx(expected, rel=1e-5)
 
 
+def test_inpainting_is_compared_with_pixels_of_training_images(monkeypatch):
+    """One pixel seen, one hidden: the mean of the training images is 0 there, the one that is nearest where it is seen has -1."""
+    x, mask = torch.tensor([[[[1.0, 1.0]]]]), torch.tensor([[[[1.0, 0.0]]]])
+    draw = torch.tensor([[[[1.0, 0.5]]]])
+    training = torch.tensor([[[[255, 0]]], [[[0, 255]]]], dtype=torch.uint8)
+    monkeypatch.setattr(claims, "_inpainted", lambda folder, n, hidden: (x, mask, draw))
+    monkeypatch.setattr(claims, "verified_metrics", lambda folder: {"config": {"dataset": "digits"}})
+    monkeypatch.setattr("srlib.data.load", lambda name: SimpleNamespace(train=SimpleNamespace(images=training)))
+    for fill, error in (("mean", 1.0), ("nearest", 4.0)):
+        found = claims.inpainting_against_fill({0: Path("a"), 1: Path("b")}, 1, "scattered", fill)
+        assert found.effect == pytest.approx(0.25 - error)
+
+
 @pytest.mark.parametrize(
     "gap, expected", [(0.0029, HOLDS + ONE_SEED), (0.0027, INCONCLUSIVE), (-0.003, FAILS + ONE_SEED)]
 )
