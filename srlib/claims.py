@@ -431,8 +431,8 @@ def largest_rise(runs: Seeds, n_images: int, n_chains: int = 16) -> Evidence:
 
 
 def interior_optimum(runs: Seeds, n_images: int, estimator: str = "linear_noise") -> Evidence:
-    """The objective of Eq. (20) at the lower end of a grid of step sizes, from a quarter of the run's own noise scale to four times it,
-    minus that at the best point between the ends, in nats per latent. Best and end are chosen on every other image and judged on the others.
+    """The objective of Eq. (20) at the better of the two ends of a grid of step sizes, from a quarter of the run's own noise scale to four
+    times it, minus that at the best point between them, in nats per latent. Both are chosen on every other image and judged on the others.
     """
     import torch
 
@@ -655,10 +655,10 @@ def _told_by_layers(folder: Path, n_images: int) -> list[dict[str, float]]:
     from .data import load
     from .evaluation.factors import inferred_layers, known_factors, told
 
-    system, x = _system(folder, n_images)
     test = load(verified_metrics(folder)["config"]["dataset"]).test
     if not test.factors:
         return []
+    system, x = _system(folder, n_images)
     factors = known_factors({name: values[:n_images] for name, values in test.factors.items()})
     layers = inferred_layers(system, x, torch.Generator().manual_seed(0), noises=True)
     return [told(layer, factors, rng=torch.Generator().manual_seed(0)) for layer in layers]
