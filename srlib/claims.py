@@ -32,7 +32,7 @@ ONE_SEED = " for one seed"  # errors over images do not tell how far another tra
 CONFIDENCE = 0.95
 LETTERS = {"layers": "L", "n_steps": "K"}
 GRID = tuple(2 ** (i / 2) for i in range(-4, 5))  # times the noise scale of a run
-HIDDEN = {"scattered": ("pixels", 0.75), "left half": ("left", 0.5)}  # as in the chapter on inpainting
+HIDDEN = {"75 % scattered": ("pixels", 0.75), "left half": ("left", 0.5)}  # as in the chapter on inpainting
 HOLDS, FAILS, INCONCLUSIVE, MIXED = "holds", "fails", "inconclusive", "mixed"
 NOT_RUN, DIVERGED, NOT_MEASURABLE = "not run", "diverged", "not measurable"
 
@@ -64,6 +64,7 @@ class Claim:
     above, below : the claim holds where the effect is between them
     runs : names of runs with {fields}; cases : field -> values, all combinations of which are looked at; a field that is in no
         name is an option
+    foreseen : written before any of the runs that it judges had been made
     chapter : where the book looks at it more closely
     """
 
@@ -78,10 +79,13 @@ class Claim:
     options: Mapping[str, Any] | None = None
     cases: Mapping[str, Sequence[Any]] | None = None
     whose: str = "paper"
+    foreseen: bool = False
 
     def __post_init__(self) -> None:
         if self.whose not in WHOSE:
             raise ValueError(f"claim {self.name}: whose={self.whose!r} must be one of {', '.join(WHOSE)}")
+        if not isinstance(self.foreseen, bool):
+            raise ValueError(f"claim {self.name}: foreseen={self.foreseen!r} must be true or false")
         if self.quantity not in QUANTITIES:
             raise ValueError(
                 f"claim {self.name}: quantity={self.quantity!r} is unknown; there are: {', '.join(QUANTITIES)}"
@@ -227,7 +231,8 @@ def score_difference(ours: Seeds, *theirs: Seeds, score: str, source: str = "pri
     best = min(others, key=lambda found: found.value)
     gap, n_pairs = comparison.gap(first, best), len(first.by_seed.keys() & best.by_seed.keys())
     half = gap.decisive * gap.standard_error
-    unpaired = "1 seed, over images" if gap.one_seed else f"{first.n_seeds} and {best.n_seeds} seeds"
+    fewer, more = sorted((first.n_seeds, best.n_seeds))
+    unpaired = "1 seed, over images" if more == 1 else f"{fewer} seed{'s' * (fewer > 1)} against {more}"
     of = f"{n_pairs} seeds" if n_pairs > 1 else unpaired
     return Evidence(gap.value, gap.value - half, gap.value + half, of)
 
@@ -261,14 +266,19 @@ def spread_of_ends(runs: Seeds) -> Evidence:
 
 
 def late_change(runs: Seeds, after: float = 0.5) -> Evidence:
-    """|log delta(end) - log delta(after)|, after: a fraction of the training; s is taken relative to sigma^2, with which it anneals."""
+    """Largest minus smallest log delta after a fraction of the training, its end included; s is taken relative to sigma^2, with which
+    it anneals."""
     changes = []
     for folder in runs.values():
         history = checkpoints.read_json(folder / "history.json")["history"]
-        relative = [
-            0.5 * math.log(s / sigma**2) for s, sigma in zip(history["step_size"], history["sigma"], strict=True)
-        ]
-        changes.append(abs(relative[-1] - relative[round(after * (len(relative) - 1))]))
+        delta = [
+            math.sqrt(2 * s) for s in history["step_size"]
+        ]  # in force at each update; the last may have changed it once more
+        sigma = history["sigma"]
+        end = verified_metrics(folder)["scores"]["noise_scale"]
+        relative = [math.log(d / v) for d, v in zip([*delta, end], [*sigma, sigma[-1]], strict=True)]
+        late = relative[round(after * (len(delta) - 1)) :]
+        changes.append(max(late) - min(late))
     return over(changes, "seeds")
 
 
@@ -512,27 +522,29 @@ def inpainting_difference(ours: Seeds, theirs: Seeds, n_images: int, hidden: str
     for seed in sorted(ours.keys() & theirs.keys()):
         errors = []
         for folder in (ours[seed], theirs[seed]):
-            x, mask, draw = _inpainted(folder, n_images, hidden)
-            errors.append(hidden_squared_error(x, draw, mask))
+            x, mask, draws = _inpainted(folder, n_images, hidden, 1)
+            errors.append(hidden_squared_error(x, draws[0], mask))
         values.append((errors[0] - errors[1]).tolist())
     return _over_seeds(values)
 
 
 def inpainting_against_fill(runs: Seeds, n_images: int, hidden: str, fill: str) -> Evidence:
-    """Our mean squared error per hidden pixel of one inpainting minus that of pixels taken from training images, by test image.
+    """Our mean squared error per hidden pixel minus that of pixels taken from training images, by test image.
+
+    Like is compared with like: one inpainting with one image, the mean of several with a mean.
 
     hidden : one of HIDDEN; fill : the "mean" training image, or the one that is "nearest" where pixels are observed.
     """
     from .data import load, to_unit_range
     from .evaluation.inpainting import hidden_squared_error, mean_fill, nearest_fill
 
-    fills = {"mean": mean_fill, "nearest": nearest_fill}
+    take_from, n_draws = {"mean": (mean_fill, 8), "nearest": (nearest_fill, 1)}[fill]
     values = []
     for folder in runs.values():
-        x, mask, draw = _inpainted(folder, n_images, hidden)
+        x, mask, draws = _inpainted(folder, n_images, hidden, n_draws)
         training = to_unit_range(load(verified_metrics(folder)["config"]["dataset"]).train.images)
-        filled = fills[fill](x, mask, training)
-        values.append((hidden_squared_error(x, draw, mask) - hidden_squared_error(x, filled, mask)).tolist())
+        ours, theirs = draws.mean(0), take_from(x, mask, training)
+        values.append((hidden_squared_error(x, ours, mask) - hidden_squared_error(x, theirs, mask)).tolist())
     return _over_seeds(values)
 
 
@@ -631,8 +643,8 @@ def _short_run(folder: Path, n_images: int) -> tuple[Posterior, Chain]:
     return posterior, short_run(posterior, system.n_steps, system.step_size, rng=rng, keep_trajectory=True)
 
 
-def _inpainted(folder: Path, n_images: int, hidden: str) -> tuple[Tensor, Tensor, Tensor]:
-    """The first test images, which of their pixels are observed, and one inpainting of each."""
+def _inpainted(folder: Path, n_images: int, hidden: str, n_draws: int) -> tuple[Tensor, Tensor, Tensor]:
+    """The first test images, which of their pixels are observed, and inpaintings of each [n_draws, n, C, H, W]."""
     import torch
 
     from .evaluation.inpainting import inpaintings, observed_mask
@@ -641,7 +653,7 @@ def _inpainted(folder: Path, n_images: int, hidden: str) -> tuple[Tensor, Tensor
     kind, rate = HIDDEN[hidden]
     rng = torch.Generator().manual_seed(0)
     mask = observed_mask(kind, n_images, tuple(x.shape[1:]), rate, rng)
-    return x, mask, inpaintings(system, x, mask, 1, rng)[0]
+    return x, mask, inpaintings(system, x, mask, n_draws, rng)
 
 
 @functools.cache

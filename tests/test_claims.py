@@ -123,14 +123,17 @@ def test_the_best_step_size_lies_inside_where_the_ends_are_worse(monkeypatch):
 def test_inpainting_is_compared_with_pixels_of_training_images(monkeypatch):
     """One pixel seen, one hidden: the mean of the training images is 0 there, the one that is nearest where it is seen has -1."""
     x, mask = torch.tensor([[[[1.0, 1.0]]]]), torch.tensor([[[[1.0, 0.0]]]])
-    draw = torch.tensor([[[[1.0, 0.5]]]])
+    draws = {
+        1: torch.tensor([[[[[1.0, 0.5]]]]]),
+        8: torch.tensor([0.0, 0.5] * 4).view(8, 1, 1, 1, 1).expand(8, 1, 1, 1, 2),
+    }
     training = torch.tensor([[[[255, 0]]], [[[0, 255]]]], dtype=torch.uint8)
-    monkeypatch.setattr(claims, "_inpainted", lambda folder, n, hidden: (x, mask, draw))
+    monkeypatch.setattr(claims, "_inpainted", lambda folder, n, hidden, n_draws: (x, mask, draws[n_draws]))
     monkeypatch.setattr(claims, "verified_metrics", lambda folder: {"config": {"dataset": "digits"}})
     monkeypatch.setattr("srlib.data.load", lambda name: SimpleNamespace(train=SimpleNamespace(images=training)))
-    for fill, error in (("mean", 1.0), ("nearest", 4.0)):
-        found = claims.inpainting_against_fill({0: Path("a"), 1: Path("b")}, 1, "scattered", fill)
-        assert found.effect == pytest.approx(0.25 - error)
+    for fill, error, of_fill in (("mean", 0.75**2, 1.0), ("nearest", 0.5**2, 4.0)):
+        found = claims.inpainting_against_fill({0: Path("a"), 1: Path("b")}, 1, "left half", fill)
+        assert found.effect == pytest.approx(error - of_fill)
 
 
 @pytest.mark.parametrize(
@@ -161,7 +164,7 @@ def test_runs_that_are_not_there_or_diverged_decide_nothing(tmp_path):
     write_run(tmp_path, "b-L3", seed=1)
     write_run(tmp_path, "a-L3", seed=1)
     found = claims.judge(claim(["a-L3", "b-L3"]), tmp_path)
-    assert found[0].evidence.of == "1 seed, over images (1 diverged)"
+    assert found[0].evidence.of == "1 seed against 2 (1 diverged)"
 
 
 def test_step_sizes_are_compared_as_ratios_of_noise_scales(tmp_path):
@@ -194,15 +197,20 @@ def test_the_share_of_the_search_is_that_of_the_seconds_of_training(tmp_path):
     assert claims.search_share(folders).effect == pytest.approx(0.15)
 
 
-def test_a_late_change_is_relative_to_the_annealed_sigma(tmp_path):
-    """s follows sigma^2 for the first half, which is no change; then s doubles."""
+@pytest.mark.parametrize("end, moved", [(2**0.5, 2**0.5), (1, 2**0.5), (3, 3)])  # of delta, over that of the first half
+def test_a_late_change_is_relative_to_the_annealed_sigma(tmp_path, end, moved):
+    """s follows sigma^2 for the first half, which is no change; then s doubles, and an update after the last one of theta may move it."""
     folders = {}
     for seed in range(2):
         folders[seed] = write_run(tmp_path, "a", seed=seed)
         sigma = [0.3, 0.2, 0.15, 0.15, 0.15]
         s = [value**2 for value in sigma[:-1]] + [(2 + 1e-6 * seed) * 0.15**2]
         checkpoints.write_json(folders[seed] / "history.json", {"history": {"sigma": sigma, "step_size": s}})
-    assert claims.late_change(folders).effect == pytest.approx(0.5 * math.log(2), rel=1e-5)
+        record = checkpoints.read_json(folders[seed] / "metrics.json")
+        del record["checksum"]
+        record["scores"]["noise_scale"] = end * (2 * 0.15**2) ** 0.5
+        checkpoints.write_json(folders[seed] / "metrics.json", record)
+    assert claims.late_change(folders).effect == pytest.approx(math.log(moved), rel=1e-5)
 
 
 @pytest.fixture
