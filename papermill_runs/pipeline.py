@@ -675,19 +675,20 @@ def build_book(profile: Profile) -> Path:
     with checkpoints.locked(
         target / ".lock", f"the book of the profile {profile.name} is being built by another process"
     ):
+        made = _checked(profile)
         if profile.companion is None:
-            return _build_book(profile, target)
+            return _build_book(profile, made, target)
         companion = load_profile(profile.companion, root=profile.root)
+        made_there = _checked(companion)
         with ThreadPoolExecutor(1) as pool:  # Sphinx is a process with one thread
-            inner = pool.submit(_build_book, companion, target / companion.name, within=profile)
-            index = _build_book(profile, target)
+            inner = pool.submit(_build_book, companion, made_there, target / companion.name, within=profile)
+            index = _build_book(profile, made, target)
         shutil.copytree(inner.result().parent, index.parent / companion.name)
         return index
 
 
-def _build_book(profile: Profile, target: Path, within: Profile | None = None) -> Path:
-    book = profile.root / "book"
-    source = target / "source"
+def _checked(profile: Profile) -> list[Job]:
+    """All jobs that there is a result of, once each has been verified."""
     made = [job for job in profile.jobs.values() if not absence(job)]
     without = [job.name for job in made if not job.result.exists()]
     if len(without) == len(made):
@@ -702,6 +703,11 @@ def _build_book(profile: Profile, target: Path, within: Profile | None = None) -
     older = [job.name for job in made if not current(job, profile)]
     if older:
         print(f"made from older sources: {', '.join(older)}; {profile.command} makes them again")
+    return made
+
+
+def _build_book(profile: Profile, made: list[Job], target: Path, within: Profile | None = None) -> Path:
+    book, source = profile.root / "book", target / "source"
     shutil.rmtree(source, ignore_errors=True)
     shutil.copytree(book, source, ignore=shutil.ignore_patterns("_build", "*.ipynb", ".ipynb_checkpoints"))
     executed = [job for job in profile.chapters if job in made]
@@ -815,7 +821,7 @@ def runs_page(profile: Profile, within: Profile | None = None) -> str:
         "|---|---|---|---|---|---|---|",
         *where,
         "",
-        "Images and code are named by the first digits of their hashes, kept with all versions in each run's `metrics.json`. The code is that of all modules that the run can reach; comments and formatting do not count. Where code has changed since without changing a bit of the first updates of every row (`benchmarks/same_bits.py`), a run counts as current, and the code is that which trained it.",
+        "Images and code are named by the first digits of their hashes, kept with all versions in each run's `metrics.json`. The code is that of all modules that the run can reach; comments and formatting do not count. Where code has changed since without changing a bit of the first updates of every row of the profile `digits` (`benchmarks/same_bits.py`, which compares no other), a run counts as current, and the code is that which trained it.",
         "",
         "## Chapters",
         "",

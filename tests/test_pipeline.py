@@ -519,6 +519,10 @@ def test_the_book_of_a_companion_lies_within_and_both_lead_to_each_other(project
     assert '<a href="../alone.html">`quick`</a> has' in (target / "other" / "source" / "alone.md").read_text()
     assert "Short run (profile other)" in (target / "other" / "source" / "_config.yml").read_text()
     assert "(profile" not in (target / "source" / "_config.yml").read_text()
+    other.jobs["reader"].output.write_text("edited")
+    monkeypatch.setattr(pipeline.subprocess, "run", None)  # nothing is built before all is checked
+    with pytest.raises(pipeline.PipelineError, match=r"reader: .*reader\.ipynb is missing or was edited"):
+        pipeline.build_book(profile)
 
 
 def test_a_row_without_seconds_is_estimated_from_those_of_its_updates(project):
