@@ -1042,6 +1042,17 @@ def read_accuracy(c, **given):
     assert math.isfinite(factors.read_accuracy(images=torch.ones(8, 1, 2, 2), **given)["size"])
 
 
+def seen_images(c):
+    """Eight images of any side."""
+    wrong = many_images(c).bad.filter(lambda t: not isinstance(t, torch.Tensor) or t.shape[-1] == c.g.image_shape[-1])
+    return Kind(many_images(c).good, wrong)
+
+
+@public(images=seen_images)
+def mean_colour(c, images):
+    check(factors.mean_colour(images)["mean colour"], (8, c.g.image_shape[0]), torch.float64)
+
+
 @public(models=["top-down"], read=READER, n=whole(2, 3), rng=NUMBER_GENERATOR)
 def layer_effects(c, **given):
     assert len(factors.layer_effects(c.g, **given)["size"]) == 2

@@ -15,6 +15,7 @@ from srlib.evaluation.factors import (
     known_factors,
     layer_effects,
     layer_shares,
+    mean_colour,
     read_accuracy,
     shuffled,
     told,
@@ -218,6 +219,38 @@ def test_what_never_varies_has_no_effect_to_tell():
     assert all(map(math.isnan, found["nothing"]))
 
 
+def test_the_mean_colour_is_brightness_and_chroma():
+    """Two pixels (255, 0, 0) and (0, 0, 0) have the mean (0, -1, -1), the brightness -2/3 and the chroma (2, -1, -1) / 3."""
+    images = torch.zeros(1, 3, 1, 2, dtype=torch.uint8)
+    images[0, 0, 0, 0] = 255
+    found = {name: values.tolist() for name, values in mean_colour(images).items()}
+    assert found["mean colour"] == [pytest.approx([0, -1, -1])]
+    assert found["brightness"] == [pytest.approx([-2 / 3])]
+    assert found["chroma"] == [pytest.approx([2 / 3, -1 / 3, -1 / 3])]
+    assert mean_colour(srlib.to_unit_range(images))["chroma"].tolist() == found["chroma"]
+
+
+class Coloured(srlib.Generator):
+    """Images of two pixels with the mean (b + a, b, b - a), for layers a (chroma) and b (brightness) of one latent each."""
+
+    def __init__(self):
+        super().__init__((1, 1), (3, 1, 2))
+        self.scale = torch.nn.Parameter(torch.tensor(0.05, dtype=torch.float64))
+
+    def forward(self, e):
+        a, b = (self.scale * layer for layer in self.split(e))
+        mean = torch.cat([b + a, b, b - a], 1)[:, :, None, None]
+        return torch.cat([3 * mean, -mean], 3)  # what pixels do around their mean does not count
+
+
+def test_effects_on_the_mean_colour_are_those_on_its_parts_by_their_variances():
+    """|mean colour|^2 = 3 b^2 + 2 a^2: of its variance layer a has 2/5, of the chroma's all, of the brightness's none."""
+    found = layer_effects(Coloured(), mean_colour, 20000, rng())
+    expected = {"mean colour": [0.4, 0.6], "brightness": [0, 1], "chroma": [1, 0]}
+    for name, values in expected.items():
+        assert found[name] == pytest.approx(values, abs=0.03), name
+
+
 def test_a_reader_reads_images_that_it_has_not_seen():
     data = srlib.load("colour_digits")
     known = known_factors({name: values[:300] for name, values in data.train.factors.items()})
@@ -259,6 +292,7 @@ def test_a_reader_reads_images_that_it_has_not_seen():
         (lambda f: inferred_layers(None, torch.zeros(1, 1, 2, 2)), "system=None"),
         (lambda f: read_accuracy(None, torch.zeros(1, 1, 2, 2), f), "read=None"),
         (lambda f: layer_effects(None, len, 2), "generator=None"),
+        (lambda f: mean_colour(torch.zeros(3, 2, 2)), "images"),
         (lambda f: layer_effects(Stack(), None, 2), "read=None"),
         (lambda f: Probe(normal(N, 2), f)(normal(5, 3)), "shape \\(5, 3\\); give \\[5, 2\\]"),
         (lambda f: layer_effects(Stack(), None, 1), "n=1"),

@@ -249,6 +249,19 @@ def read_accuracy(read: Reader, images: Tensor, factors: Mapping[str, Factor]) -
     return {name: _share(factor, guesses[name], factor.values.mean(0)) for name, factor in factors.items()}
 
 
+def mean_colour(images: Tensor) -> dict[str, Tensor]:
+    """A reader that needs no known factors: the mean over the pixels of images [m, C, H, W], uint8 or in [-1, 1].
+
+    "mean colour" [m, C] = "brightness" [m, 1], its mean over the channels, + "chroma" [m, C], the rest. The two are orthogonal, so an
+    effect on the mean colour is a mean of the effects on both, weighted by their variances (the brightness counts C times).
+
+    Raises ValueError for what is no images.
+    """
+    colour = frechet._quantised(images).double().mean((2, 3)) / 127.5 - 1
+    brightness = colour.mean(1, keepdim=True)
+    return {"mean colour": colour, "brightness": brightness, "chroma": colour - brightness}
+
+
 def layer_effects(
     generator: Generator, read: Reader, n: int, rng: torch.Generator | None = None
 ) -> dict[str, list[float]]:
