@@ -183,6 +183,19 @@ def test_weights_are_small_and_say_where_they_come_from(name):
 
 
 @pytest.mark.parametrize("name", sorted({"digits", "colour_digits"} & set(NETWORKS)))
+def test_the_classifiers_never_saw_an_image_of_digits(name, digits):
+    """They have learned from MNIST's training images but for the first 6,000 (benchmarks/feature_networks.py), which all digits are."""
+    try:
+        mnist = srlib.load("mnist").train.images.flatten(1).float() / 255
+    except srlib.data.DatasetUnavailable as error:
+        pytest.skip(str(error))
+    assert frechet.network_metadata(name)["data"]["n_train"] == len(mnist) - 6000
+    judged = digits.test.images[::10].flatten(1).float() / 255
+    distances = torch.cat([torch.cdist(judged, part).square() / 784 for part in mnist.split(5000)], 1)
+    assert distances[:, :6000].min(1).values.max() < 1e-3 < distances[:, 6000:].min()
+
+
+@pytest.mark.parametrize("name", sorted({"digits", "colour_digits"} & set(NETWORKS)))
 def test_the_classifiers_features_tell_digits_apart_that_they_never_saw(name):
     data = srlib.load(name)
     assert frechet.network_metadata(name)["validation"]["accuracy"] > 0.97
