@@ -4,7 +4,8 @@
 
 trains, reconstructs and samples with the rows named, or with those that benchmarks/dry_run.json does not have as they are
 today: on one thread, on a few images of their dataset, each in a process of its own. The pipeline multiplies the seconds of an
-update by the number of updates, which estimates what a row takes on one core.
+update by the number of updates, which estimates what a row takes on one core. A row that searches its step size does so once, after
+the last update; of this search an update is given its part, one in `every`.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import argparse
 import multiprocessing
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -39,6 +41,18 @@ def rows() -> dict[str, Config]:
     return {job.config.name: job.config for job in pipeline.load_profile("paper").runs}
 
 
+def timed(function: Callable[..., Any], seconds: list[float]) -> Callable[..., Any]:
+    """The function, whose calls add their CPU seconds to the list."""
+
+    def call(*arguments: Any) -> Any:
+        started = time.process_time()
+        found = function(*arguments)
+        seconds.append(time.process_time() - started)
+        return found
+
+    return call
+
+
 def measure(config: Config) -> dict[str, Any]:
     """2 updates of a row, 2 reconstructions and 2 samples: the CPU seconds of an update, the peak memory of the process."""
     torch.set_num_threads(1)
@@ -47,9 +61,12 @@ def measure(config: Config) -> dict[str, Any]:
     system = config.build(dataset.image_shape)
     batch_size = SMALLER.get(config.name, config.batch_size)
     plan = replace(config.plan(), n_updates=N_UPDATES, batch_size=batch_size)
+    searches: list[float] = []
+    if config.step_size_search != "none":
+        system.every, system.update_step_size = N_UPDATES, timed(system.update_step_size, searches)
     rng, started = torch.Generator().manual_seed(config.seed), time.process_time()
     system.fit(images, plan, rng, progress=False)
-    seconds = (time.process_time() - started) / N_UPDATES
+    seconds = (time.process_time() - started - sum(searches)) / N_UPDATES
     x = system.as_input(images[:2])
     for made in (system.reconstruct(x, rng=rng), system.sample(2, rng=rng)):
         if made.shape != x.shape or not made.isfinite().all():
@@ -58,7 +75,8 @@ def measure(config: Config) -> dict[str, Any]:
         "config": pipeline.row_hash(config),
         "batch_size": config.batch_size,
         "measured_with_batch_size": batch_size,
-        "seconds_per_update": seconds * config.batch_size / batch_size,
+        "seconds_per_update": seconds * config.batch_size / batch_size + sum(searches) / config.every,
+        **({"seconds_per_search": sum(searches)} if searches else {}),
         "peak_memory": provenance.peak_memory(),  # bytes, of the process
         "processor": provenance.environment()["processor"],
     }

@@ -19,6 +19,7 @@ import pipeline  # noqa: E402
 DATASETS = ("mnist", "svhn", "celeba32")
 SINGLE_LAYER = ("vae", "iaf", "abp", "glo", "glow")  # Table 2, and Glow
 FULL = ("reference", "paper")
+SEARCHES = {f"steps-{s}-{e}" for s in ("grid", "descent") for e in ("linear_noise", "change_of_variables")}  # Fig. 6
 
 
 load_profile = functools.cache(pipeline.load_profile)
@@ -55,6 +56,8 @@ def test_names_say_what_a_row_is(profile):
             expected += f"-K{config.n_steps}"
         if config.generator == "ladder":  # Fig. 5; no row of a table
             expected = "hierarchy-ladder"
+        if config.step_size_search != "none":  # Fig. 6
+            expected = f"steps-{config.step_size_search}-{config.estimator}"
         assert name == expected
 
 
@@ -66,7 +69,7 @@ def table_3b(profile):
 def test_the_tables_have_their_rows():
     wanted = names_of_tables_1_and_2_and_the_celeba64_figures()
     assert set(rows("reference")) == wanted | table_3b("reference") | {"hierarchy-ladder"}
-    assert set(rows("paper")) == wanted | table_3b("paper")
+    assert set(rows("paper")) == wanted | table_3b("paper") | {"hierarchy-ladder"} | SEARCHES
 
 
 @pytest.mark.parametrize("profile", FULL)
@@ -82,6 +85,26 @@ def test_the_comparison_with_the_ladder_vae_has_three_seeds_on_mnist_and_celeba3
     for name in names_of_tables_1_and_2_and_the_celeba64_figures():
         compared = re.fullmatch(r"(short_run|ladder_vae)-(mnist|celeba32)-L\d", name)
         assert [job.config.seed for job in jobs if job.config.name == name] == ([0, 1, 2] if compared else [0])
+
+
+def test_the_searches_of_the_paper_differ_from_its_table_in_nothing_else():
+    """Three seeds of each, as in Fig. 6, which the chapter on claims reads."""
+    profile = load_profile("paper")
+    plain = asdict(rows("paper")["short_run-mnist-L1"])
+    for name in SEARCHES:
+        assert [job.config.seed for job in profile.runs if job.config.name == name] == [0, 1, 2]
+        assert {f"{name}-seed{seed}" for seed in range(3)} <= set(profile.jobs["claims"].needs)
+        searched = asdict(rows("paper")[name])
+        differ = {entry for entry, value in searched.items() if value != plain[entry]}
+        assert differ <= {"name", "step_size_search", "estimator", "every"}
+        assert searched["every"] < searched["n_updates"] / 100
+
+
+@pytest.mark.parametrize("profile", FULL)
+def test_the_chapters_of_figures_4_and_5_have_their_runs(profile):
+    jobs = load_profile(profile).jobs
+    assert jobs["hierarchy"].needs == ("hierarchy-ladder-seed0",)
+    assert {"short_run-mnist-L5-seed0", "ladder_vae-mnist-L5-seed0"} <= set(jobs["inpainting"].needs)
 
 
 @pytest.mark.parametrize("profile", FULL)
