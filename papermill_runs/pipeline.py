@@ -235,7 +235,9 @@ def key(job: Job, profile: Profile) -> str:
     here = job.notebook.parent
     folders = ("*.yaml", "../papermill_runs/*.yaml", "../benchmarks/measured/*.json", "../README.md")
     tables = [path for folder in folders for path in sorted(here.glob(folder))]
-    tables = [path for path in tables if any(f'"{path.name}"' in cell for cell in cells)]
+    # a file is read by its name, or, with what follows its first hyphen left open, as "peak-*.json"
+    quoted = {path: (f'"{path.name}"', f'"{path.stem.split("-")[0]}-*{path.suffix}"') for path in tables}
+    tables = [path for path in tables if any(name in cell for name in quoted[path] for cell in cells)]
     parts = [
         text,
         json.dumps(job.parameters, sort_keys=True),

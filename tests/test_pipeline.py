@@ -114,6 +114,18 @@ def test_a_chapter_is_repeated_when_a_table_that_it_reads_changes(project, witho
     assert execute_all(root) == ["alone"]
 
 
+def test_a_chapter_is_repeated_when_there_is_another_table_of_those_that_it_reads(project, without_kernels):
+    root, _ = project
+    (measured := root / "benchmarks/measured").mkdir(parents=True, exist_ok=True)
+    path = root / "book" / "alone.md"
+    path.write_text(path.read_text().replace("print(profile)", 'print("table-*.json")'))
+    assert execute_all(root) == ["tiny-seed0", "alone", "reader"]
+    (measured / "other-x.json").write_text("{}")
+    assert execute_all(root) == []
+    (measured / "table-x-y.json").write_text("{}")
+    assert execute_all(root) == ["alone"]
+
+
 def test_results_show_their_parameters_and_no_trace_of_the_machine(project):
     root, _ = project
     execute_all(root)
