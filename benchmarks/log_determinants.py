@@ -1,33 +1,32 @@
-"""What log|det dF/de_0| costs by each method, and how accurate "low_rank" is at d = 416.
+"""What log|det dF/de_0| costs by each method (`measure`, for bench.py), and how accurate "low_rank" is at d = 416.
 
-    python benchmarks/log_determinants.py cost        products, seconds and memory over d and K        (minutes)
-    python benchmarks/log_determinants.py accuracy    "low_rank" on chains of a five-layer model       (an hour or two)
+    python benchmarks/log_determinants.py [--n-steps K]
 
-Both print a table and write it beside this file (cost.json, measured/accuracy-K*.json). `accuracy` trains the model on `digits` first and takes three
-checkpoints; whatever it has computed is kept in results/, so that it can be stopped and goes on where it was.
+trains a five-layer model on `digits`, takes three checkpoints, compares "low_rank" with "stepwise" on chains of each, prints a
+table and writes measured/accuracy-KK.json: in a quarter of an hour on one thread. What it has computed is kept in results/, so
+that it can be stopped and goes on where it was; delete that folder to measure anew.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import resource
-import subprocess
 import sys
 import time
 import warnings
 from functools import partial
 from pathlib import Path
 
+import measuring
 import torch
 
 import srlib
+from srlib import checkpoints as files
 from srlib import log_determinants
-from srlib.checkpoints import load as load_tensors
 from srlib.generators import randn_like
 from srlib.training import snapshot_file
 
-RESULTS = Path(__file__).parent / "results"
+HERE = Path(__file__).parent
 SIGMA = 0.15
 STEP_SIZE = srlib.step_size_from_noise_scale(0.05)
 
@@ -39,13 +38,6 @@ def top_down(latent_dims):
 
 # --- cost -------------------------------------------------------------------------------------------------------------
 
-COSTS = [
-    ((8, 16, 32), 10),
-    ((8, 16, 32), 25),
-    ((8, 16, 32), 50),
-    ((16, 32, 48, 64), 25),
-    ((128, 96, 64, 64, 64), 10),
-]
 METHODS = ("stepwise", "row_by_row", "low_rank")
 N_COST_CHAINS = 2
 
@@ -73,30 +65,10 @@ def peak_megabytes():
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
-def cost():
-    """Each measurement in a process of its own, because peak memory never falls."""
-    rows = []
-    print(f"{N_COST_CHAINS} chains, one thread; products: Hessian-vector products for each chain")
-    print(f"{'d':>4} {'K':>4} {'method':<11} {'products':>9} {'seconds':>8} {'MB':>6} {'log|det|':>10}")
-    for latent_dims, n_steps in COSTS:
-        d = sum(latent_dims)
-        for method in METHODS:
-            arguments = json.dumps([latent_dims, n_steps, method])
-            command = [sys.executable, __file__, "measure", arguments]
-            row = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
-            row = dict(latent_dims=latent_dims, d=d, n_steps=n_steps, method=method) | row
-            rows.append(row)
-            print(
-                f"{d:4} {n_steps:4} {method:<11} {row['products']:9} {row['seconds']:8.2f} {row['megabytes']:6.0f}"
-                f" {row['value']:10.2f}",
-                flush=True,
-            )
-    write("cost", rows, RESULTS.parent)
-
-
 # --- accuracy of "low_rank" -------------------------------------------------------------------------------------------
 
-LATENT_DIMS = (128, 96, 64, 64, 64)
+LATENT_DIMS = (64, 64, 64, 96, 128)  # the authors' script; the top layer first
+RESULTS = HERE / "results" / "-".join(map(str, LATENT_DIMS))
 CHECKPOINTS = (50, 150, 400)
 N_CHAINS = 34  # at each checkpoint, 102 in all
 AT_ONCE = 17
@@ -105,14 +77,14 @@ ERROR_PER_DIMENSION = 0.005
 
 def checkpoints():
     """The generator after 50, 150 and 400 updates of one training run on `digits`."""
-    files = [snapshot_file(RESULTS, t) for t in CHECKPOINTS]
+    snapshots = [snapshot_file(RESULTS, t) for t in CHECKPOINTS]
     g = top_down(LATENT_DIMS)
-    if not all(file.exists() for file in files):
+    if not all(file.exists() for file in snapshots):
         system = srlib.ShortRun(g, n_steps=10, step_size=STEP_SIZE, sigma=SIGMA, sigma_start=0.3)
         plan = srlib.TrainingPlan(CHECKPOINTS[-1], 32, (1e-3,), (0.5, 0.999), CHECKPOINTS)
         system.fit(srlib.load("digits").train.images, plan, torch.Generator().manual_seed(0), RESULTS)
-    for t, file in zip(CHECKPOINTS, files):
-        state, _ = load_tensors(file)
+    for t, file in zip(CHECKPOINTS, snapshots):
+        state, _ = files.load(file)
         g.load_state_dict({k.removeprefix("generator."): v for k, v in state.items() if k.startswith("generator.")})
         yield t, g
 
@@ -132,7 +104,7 @@ def accuracy(n_steps):
             rows.append(exact | kept(f"estimates-{name}", partial(estimates, posterior, chain, rng)))
         found[t] = {name: sum(row[name] for row in rows) for name in rows[0] if name.startswith("seconds")}
         found[t] |= {name: [v for row in rows for v in row[name]] for name in rows[0] if name not in found[t]}
-    report(found, n_steps)
+    return report(found, n_steps)
 
 
 def stepwise(posterior, chain):
@@ -230,40 +202,33 @@ def report(found, n_steps):
     )
     print(f"95 % interval covers {covered} of {len(rows) * N_CHAINS}")
     print(f"products: {saved:.1f} times fewer than stepwise")
-    write(f"accuracy-K{n_steps}", rows, RESULTS.parent / "measured")
+    return {
+        "latent_dims": LATENT_DIMS,
+        "d": d,
+        "K": n_steps,
+        "threads": 1,
+        "at_once": AT_ONCE,
+        "allowed": ERROR_PER_DIMENSION * d,
+        "rows": rows,
+    }
 
 
 def kept(name, compute):
     """The result of `compute`, from the results folder where it is already there."""
     file = RESULTS / f"{name}.json"
     if not file.exists():
-        write(name, compute())
+        files.write_json(file, compute())
         print(f"{name} done", file=sys.stderr, flush=True)
-    return json.loads(file.read_text())
-
-
-def write(name, rows, folder=RESULTS):
-    """What is not finished goes into a folder that git ignores; the tables that a reader is shown lie beside this file."""
-    folder.mkdir(exist_ok=True)
-    temporary = folder / f"{name}.json.tmp"
-    temporary.write_text(json.dumps(rows, indent=1) + "\n")
-    temporary.replace(folder / f"{name}.json")
+    return {k: v for k, v in files.read_json(file).items() if k != "checksum"}
 
 
 def main():
     torch.set_num_threads(1)
-    RESULTS.mkdir(exist_ok=True)
+    RESULTS.mkdir(parents=True, exist_ok=True)
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("what", choices=["cost", "accuracy", "measure"])
-    parser.add_argument("arguments", nargs="?", help="for measure: [latent_dims, n_steps, method] as JSON")
-    parser.add_argument("--n-steps", type=int, default=10, help="K of the chains in accuracy")
-    options = parser.parse_args()
-    if options.what == "measure":
-        print(json.dumps(measure(*json.loads(options.arguments))))
-    elif options.what == "cost":
-        cost()
-    else:
-        accuracy(options.n_steps)
+    parser.add_argument("--n-steps", type=int, default=10, help="K of the chains")
+    n_steps = parser.parse_args().n_steps
+    measuring.record(HERE / "measured" / f"accuracy-K{n_steps}.json", partial(accuracy, n_steps))
 
 
 if __name__ == "__main__":
