@@ -2,7 +2,7 @@
 
     python benchmarks/bench.py [--only PART ...] [--tiny]
 
-Each part writes benchmarks/measured/PART.json as soon as it has ended, sealed, with machine, date and load; a part that
+Each part writes benchmarks/measured/PART.json as soon as it has ended, sealed, with date, machine and what else it did; a part that
 fails leaves the others, and its own last result, as they are. --tiny shows in seconds that everything runs, and writes to
 benchmarks/results/, which git ignores. The page book/benchmarks.md draws what is there.
 """
@@ -10,19 +10,16 @@ benchmarks/results/, which git ignores. The page book/benchmarks.md draws what i
 from __future__ import annotations
 
 import argparse
-import datetime
 import sys
-import time
 import traceback
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 import costs
+import measuring
 import speed
 from measuring import FULL, TINY, Sizes
-
-from srlib import checkpoints, provenance
 
 HERE = Path(__file__).resolve().parent
 PARTS: dict[str, Callable[[Sizes], dict[str, Any]]] = {
@@ -31,6 +28,7 @@ PARTS: dict[str, Callable[[Sizes], dict[str, Any]]] = {
     "peak": speed.against_peak,
     "log_dets": costs.log_dets,
     "scaling": costs.scaling,
+    "data_parallel": costs.data_parallel,
     "memory": costs.memory,
     "systems": costs.systems,
     "starting": costs.starting,
@@ -42,21 +40,12 @@ def run(names: Iterable[str], sizes: Sizes, folder: Path) -> list[str]:
     folder.mkdir(parents=True, exist_ok=True)
     failed = []
     for name in names:
-        load, started = speed.load(), time.monotonic()
         try:
-            results = PARTS[name](sizes)
+            seconds = measuring.record(folder / f"{name}.json", lambda name=name: PARTS[name](sizes))
+            print(f"{name}: {seconds:.0f} s", flush=True)
         except Exception:  # whatever it is, the other parts are to be measured
             traceback.print_exc()
             failed.append(name)
-            continue
-        about = {
-            "date": datetime.date.today().isoformat(),
-            "seconds": time.monotonic() - started,
-            "load": load,
-            "environment": provenance.environment(),
-        }
-        checkpoints.write_json(folder / f"{name}.json", about | {"results": results})
-        print(f"{name}: {about['seconds']:.0f} s", flush=True)
     return failed
 
 

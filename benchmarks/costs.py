@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import multiprocessing
+import os
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from multiprocessing.synchronize import Barrier
 from pathlib import Path
@@ -19,7 +21,7 @@ import tuning
 from measuring import SMALL, STEP_SIZE, Model, Sizes, by_turns
 
 import srlib
-from srlib import experiment, provenance
+from srlib import checkpoints, experiment, provenance
 from srlib.evaluation.reconstruction import inference_seconds
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -114,6 +116,41 @@ def throughput(model: Model, batch_size: int, n_steps: int, threads: int, second
     return n_chains * batch_size / (time.perf_counter() - started)
 
 
+def data_parallel(sizes: Sizes) -> dict[str, Any]:
+    """Seconds of learning the small model with batches of one size, by one process and shared by several, of one thread each."""
+    model = measuring.FULL.models[SMALL]  # smaller ones do not fit the images
+    config = {
+        "name": "data_parallel",
+        "system": "short_run",
+        "dataset": "digits",
+        "latent_dims": model.latent_dims,
+        "channels": model.channels,
+        "feature_size": model.feature_size,
+        "n_steps": sizes.chain_lengths[0],  # scoring, which is not timed, has its chains too
+        "n_updates": sizes.updates,
+        "batch_size": sizes.batch_size,
+        "n_samples": 64,  # nobody looks at the scores
+    }
+    # (a size of batch that so many processes cannot share equally is no configuration)
+    numbers = [p for p in sizes.processes if sizes.batch_size % p == 0]
+    rows = [{"processes": p, "seconds": seconds_of_training(config, p)} for p in numbers]
+    return {"threads": 1} | {name: config[name] for name in ("batch_size", "n_steps", "n_updates")} | {"rows": rows}
+
+
+def seconds_of_training(config: dict[str, Any], processes: int) -> float:
+    together = ["torch.distributed.run", "--standalone", f"--nproc_per_node={processes}", "-m"] if processes > 1 else []
+    with tempfile.TemporaryDirectory() as folder:
+        file, output = Path(folder) / "config.yaml", Path(folder) / "run"
+        file.write_text(json.dumps(config))  # which is YAML too
+        command = [sys.executable, "-m", *together, "srlib.experiment", str(file), "--output", str(output)]
+        done = subprocess.run(
+            command, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True
+        )
+        if done.returncode:
+            raise RuntimeError(f"{processes} processes: {done.stderr[-2000:]}")
+        return checkpoints.read_json(output / "metrics.json")["seconds"]["training"]
+
+
 # --- memory of an update ----------------------------------------------------------------------------------------------
 
 
@@ -153,10 +190,15 @@ def inference(sizes: Sizes) -> list[dict[str, Any]]:
     for name in sizes.systems:
         run = f"{tuning.ROWS[name]}-seed0"
         trained[name], metrics, _ = experiment.load_run(ROOT / "papermill_runs/digits" / run)
-        rows.append({"system": name, "run": run, "layers": len(metrics["config"]["latent_dims"])})
+        rows.append({"system": name, "run": run, "layers": layers(metrics["config"])})
     sides = {name: lambda s=system: inference_seconds(s, images, sizes.inferred) for name, system in trained.items()}
     times = by_turns(sides, sizes.rounds, sizes.budget)
     return [row | {"seconds_per_image": times[row["system"]]["median"] / len(images)} for row in rows]
+
+
+def layers(config: dict[str, Any]) -> int:
+    """Layers of latents; Glow, to which its row's latent_dims mean nothing, has levels."""
+    return config["options"].get("n_levels") or len(config["latent_dims"])
 
 
 # --- (f) starting up --------------------------------------------------------------------------------------------------

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import logging
 import math
-import os
 import re
+import statistics
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -36,6 +36,16 @@ FORMS: dict[str, dict[str, Any]] = {
     "bfloat16_with_frequencies": {"precision": "bfloat16", "worth": 3.0},
     "bfloat16": {"precision": "bfloat16"},
 }
+# Form -> the one that it is to be compared with.
+BUILDS_ON = {
+    "frozen": "plain",
+    "without_frequencies": "frozen",
+    "float32": "without_frequencies",
+    "frequencies_everywhere": "float32",
+    "bfloat16": "float32",
+    "bfloat16_with_frequencies": "bfloat16_without_frequencies",
+}
+CONTEST = ("plain", "float32", "bfloat16")  # for which something was asked
 # Where a score spends its time, by the names of torch's operators; the first that fits counts.
 KINDS = {
     "convolutions": r"conv",
@@ -67,45 +77,112 @@ def inner_loops(sizes: Sizes) -> dict[str, Any]:
 
 
 def chains(name: str, model: Model, sizes: Sizes, threads: int) -> dict[str, Any]:
-    """Every form of the loop by turns, in this process; and what the copy costs that a chain makes once."""
+    """Every form of the loop by turns, in this process; and what the copy costs that a chain makes once.
+
+    Forms that are the same code here, because they replace the same layers, are measured once.
+    """
     torch.set_num_threads(threads)
-    posterior, n_steps = measuring.posterior(model, sizes.batch_size), sizes.n_steps[name]
+    posterior = measuring.posterior(model, sizes.batch_size)
+    n_steps = (sizes.n_steps if threads == max(sizes.threads) else sizes.n_steps_on_fewer_threads)[name]
     slower = bfloat16_slower(model)
     forms = {form: given for form, given in FORMS.items() if "precision" not in given or slower < NOT_WORTH_IT}
+    layers = {form: fourier_layers(copy_of(posterior, **given)) for form, given in forms.items()}
+    same_as = same_code(layers)
+    forms = {form: given for form, given in forms.items() if form not in same_as}
     sides = {"plain": lambda: plain(posterior, n_steps), "frozen": lambda: frozen_only(posterior, n_steps)}
     sides |= {form: lambda given=given: ours(posterior, n_steps, **given) for form, given in forms.items()}
-    times = by_turns(sides, sizes.rounds, sizes.budget)
+    budgets = dict.fromkeys(sides, sizes.budget)
+    if threads == max(sizes.threads):
+        budgets |= {same_as.get(form, form): sizes.contest_budget for form in CONTEST}
+    times = by_turns(sides, sizes.contest_rounds, budgets)
     copies = by_turns(
         {form: lambda given=given: copy_of(posterior, **given) for form, given in forms.items()},
         sizes.rounds,
         sizes.budget,
     )
     for form, found in times.items():
-        once = copies[form]["median"] if form in copies else 0.0
-        found["copy"] = once
-        found["per_step"] = once / K + max(found["median"] - once, 0.0) / n_steps  # in a chain of K steps
+        found["copy"] = copies[form]["median"] if form in copies else 0.0
     return {
         "model": name,
         "shape": model._asdict(),
         "threads": threads,
         "timed_steps": n_steps,
         "bfloat16_slower_on_few_images": slower,
+        "bfloat16_error": score_error(posterior) if slower < NOT_WORTH_IT else None,
+        "convolutions": len(inner_loop._convolutions(posterior.generator)),
+        "fourier_layers": {form: len(names) for form, names in layers.items()},
+        "same_as": same_as,
         "forms": times,
     }
 
 
+def fourier_layers(fast: srlib.Posterior) -> list[str]:
+    """The layers in whose place there are products of Fourier coefficients."""
+    return [name for name, layer in fast.generator.named_modules() if isinstance(layer, inner_loop.FourierConvolution)]
+
+
+def same_code(layers: dict[str, list[str]]) -> dict[str, str]:
+    """Form -> the one before it that multiplies in the same type and replaces the same layers, where there is one."""
+    codes = {form: (FORMS[form].get("precision"), tuple(names)) for form, names in layers.items()}
+    first: dict[Any, str] = {}
+    for form, code in codes.items():
+        first.setdefault(code, form)
+    return {form: first[code] for form, code in codes.items() if first[code] != form}
+
+
+def score_error(posterior: srlib.Posterior) -> float:
+    """How far the scores of a batch in bfloat16 are from those in float32, relative to their size."""
+    e = posterior.generator.sample_prior(len(posterior))
+    full, half = (inner_loop.accelerated(posterior, precision).score(e) for precision in ("full", "bfloat16"))
+    return ((half - full).norm() / full.norm()).item()
+
+
 def ratios(settings: list[dict[str, Any]]) -> dict[str, Any]:
-    """Times faster than the plain loop: with default settings, and each side with its best number of threads."""
-    default = max(settings, key=lambda s: s["threads"])["forms"]
-    forms = {form for s in settings for form in s["forms"]}
-    best = {
-        form: min((s["forms"][form]["per_step"], s["threads"]) for s in settings if form in s["forms"])
-        for form in forms
-    }
+    """Times faster than the plain loop: with default settings, and each side with its best number of threads.
+
+    And, as gains, than the form that each form builds on.
+    """
+    places: dict[str, dict[int, list[float]]] = {}  # form -> threads -> seconds of a step in each round
+    for s in settings:
+        for form in [*s["forms"], *s["same_as"]]:
+            places.setdefault(form, {})[s["threads"]] = per_step(s, form)
+    best = {form: min(at, key=lambda threads: statistics.median(at[threads])) for form, at in places.items()}
+    steps = {form: at[best[form]] for form, at in places.items()}
+    same_as, most = {k: v for s in settings for k, v in s["same_as"].items()}, max(s["threads"] for s in settings)
     return {
-        "default": default["plain"]["per_step"] / default["float32"]["per_step"],
-        "best": {form: best["plain"][0] / seconds for form, (seconds, _) in sorted(best.items())},
-        "best_threads": {form: threads for form, (_, threads) in sorted(best.items())},
+        "default": paired(places["plain"][most], places["float32"][most]),
+        "best": {form: paired(steps["plain"], seconds) for form, seconds in sorted(steps.items())},
+        "best_threads": dict(sorted(best.items())),
+        "gains": {
+            form: {"over": other} | paired(steps[other], steps[form])
+            for form, other in BUILDS_ON.items()
+            if {form, other} <= steps.keys() and same_as.get(form, form) != same_as.get(other, other)
+        },
+    }
+
+
+def per_step(setting: dict[str, Any], form: str) -> list[float]:
+    """Seconds of a step in each round, in a chain of K steps: with its share of the copy that a chain makes once."""
+    found = setting["forms"][setting["same_as"].get(form, form)]
+    return [found["copy"] / K + max(s - found["copy"], 0.0) / setting["timed_steps"] for s in found["seconds"]]
+
+
+def paired(slow: Sequence[float], fast: Sequence[float]) -> dict[str, float]:
+    """How many times longer `slow` took in the rounds that both have: the median, and from low to high an interval for it.
+
+    It is the narrowest between two of the ratios that holds the true median with a probability, `holds`, of at least 0.95
+    (Thompson 1936), whatever their distribution; all of them where there are fewer than the six that this takes.
+    """
+    found = sorted(a / b for a, b in zip(slow, fast))
+    n = len(found)
+    holds = [1 - 2 * sum(math.comb(n, i) for i in range(k + 1)) / 2**n for k in range((n + 1) // 2)]
+    k = max((k for k, probability in enumerate(holds) if probability >= 0.95), default=0)
+    return {
+        "ratio": statistics.median(found),
+        "low": found[k],
+        "high": found[n - 1 - k],
+        "holds": holds[k],
+        "rounds": n,
     }
 
 
@@ -126,9 +203,9 @@ def ours(posterior: srlib.Posterior, n_steps: int, worth: float | None = None, *
         srlib.short_run(posterior, n_steps, STEP_SIZE, **fast)
 
 
-def copy_of(posterior: srlib.Posterior, worth: float | None = None, **fast: Any) -> None:
+def copy_of(posterior: srlib.Posterior, worth: float | None = None, **fast: Any) -> srlib.Posterior:
     with frequencies_worth(worth):
-        inner_loop.accelerated(posterior, **fast)
+        return inner_loop.accelerated(posterior, **fast)
 
 
 def frequencies_worth(worth: float | None) -> AbstractContextManager[Any]:
@@ -166,10 +243,11 @@ def compiled(sizes: Sizes, threads: int) -> dict[str, Any]:
         "float32": lambda: ours(posterior, n_steps),
         "compiled": lambda: ours(posterior, n_steps, compile=True),
     }
-    times = by_turns(forms, sizes.rounds, sizes.budget)
+    times = by_turns(forms, sizes.contest_rounds, sizes.budget)
     if said.messages:
         return {"reason": re.sub(r"\S*/", "", said.messages[0])}  # without paths of this machine
-    ratio = {form: times["plain"]["median"] / found["median"] for form, found in times.items()}
+    ratio = {form: paired(times["plain"]["seconds"], found["seconds"]) for form, found in times.items()}
+    ratio["gain"] = paired(times["float32"]["seconds"], times["compiled"]["seconds"])
     return {"threads": threads, "timed_steps": n_steps, "forms": times, "ratios": ratio}
 
 
@@ -282,8 +360,3 @@ def shares(call: Callable[[], Any]) -> dict[str, float]:
         sums[kind] += event.self_cpu_time_total
     total = sum(sums.values())
     return {kind: value / total for kind, value in sums.items()}
-
-
-def load() -> float | None:
-    """Processes that wanted a core over the last minute; what a quiet machine has is near 0."""
-    return os.getloadavg()[0] if hasattr(os, "getloadavg") else None

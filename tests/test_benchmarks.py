@@ -1,6 +1,9 @@
 """The benchmark compares like with like, counts operations right, and every part of it runs."""
 
 import importlib
+import math
+import os
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -60,13 +63,78 @@ def test_a_slow_side_is_not_timed_again_and_the_first_call_does_not_count(monkey
     assert found["fast"] == {"warm_up": 9.0, "seconds": [1.0, 2.0, 4.0], "median": 2.0}
 
 
-def test_ratios_take_the_best_threads_of_each_side_and_the_defaults():
-    def setting(threads, **per_step):
-        return {"threads": threads, "forms": {form: {"per_step": s} for form, s in per_step.items()}}
+def test_a_side_may_have_a_budget_of_its_own(monkeypatch):
+    monkeypatch.setattr(measuring, "seconds_of", lambda side: 1.0)
+    found = measuring.by_turns({"long": None, "short": None}, 5, {"long": 9.0, "short": 1.0})
+    assert [len(found[name]["seconds"]) for name in ("long", "short")] == [5, 2]
 
-    found = speed.ratios([setting(1, plain=6.0, float32=4.0), setting(2, plain=8.0, float32=2.0)])
-    assert found["default"] == 4.0 and found["best"] == {"float32": 3.0, "plain": 1.0}
-    assert found["best_threads"] == {"float32": 2, "plain": 1}
+
+def test_ratios_take_the_best_threads_of_each_side_and_the_defaults():
+    def setting(threads, same_as, **seconds):
+        forms = {form: {"seconds": [s * speed.K] * 3, "copy": 0.0} for form, s in seconds.items()}
+        return {"threads": threads, "timed_steps": speed.K, "same_as": same_as, "forms": forms}
+
+    same = {"float32": "without_frequencies"}
+    found = speed.ratios(
+        [
+            setting(1, same, plain=6.0, frozen=6.0, without_frequencies=4.0),
+            setting(2, same, plain=8.0, frozen=3.0, without_frequencies=2.0),
+        ]
+    )
+    assert found["default"]["ratio"] == 4.0
+    ratios = {form: of["ratio"] for form, of in found["best"].items()}
+    assert ratios == {"plain": 1.0, "frozen": 2.0, "without_frequencies": 3.0, "float32": 3.0}
+    assert found["best_threads"] == {"plain": 1, "frozen": 2, "without_frequencies": 2, "float32": 2}
+    gains = {form: (of["over"], of["ratio"]) for form, of in found["gains"].items()}
+    assert gains == {"frozen": ("plain", 2.0), "without_frequencies": ("frozen", 1.5)}  # nothing against itself
+
+
+def test_a_step_has_its_share_of_the_copy():
+    form = {"seconds": [7.0, 12.0], "copy": 2.0}
+    setting = {"timed_steps": 5, "same_as": {"other": "form"}, "forms": {"form": form}}
+    assert speed.per_step(setting, "other") == [2.0 / speed.K + 1.0, 2.0 / speed.K + 2.0]
+
+
+def test_the_interval_of_a_ratio_leaves_out_no_more_than_it_may():
+    few, nine = (speed.paired([float(i + 1) for i in range(n)], [1.0] * n) for n in (3, 9))
+    assert few == {"ratio": 2.0, "low": 1.0, "high": 3.0, "holds": 0.75, "rounds": 3}
+    assert (nine["low"], nine["ratio"], nine["high"]) == (2.0, 5.0, 8.0)
+    inside = sum(math.comb(9, i) for i in range(2, 8)) / 2**9  # the median lies above 2 to 7 of nine
+    assert nine["holds"] == pytest.approx(inside) and inside > 0.95
+    assert speed.paired([3.0], [2.0])["holds"] == 0
+
+
+def test_forms_are_the_same_code_if_they_replace_the_same_layers_in_the_same_type():
+    layers = {"without_frequencies": [], "float32": [], "frequencies_everywhere": ["a"], "bfloat16": []}
+    assert speed.same_code(layers) == {"float32": "without_frequencies"}
+    model = measuring.TINY.models["wide"]
+    posterior = measuring.posterior(model, 2)
+    everywhere = speed.fourier_layers(speed.copy_of(posterior, **speed.FORMS["frequencies_everywhere"]))
+    assert everywhere and not speed.fourier_layers(speed.copy_of(posterior, **speed.FORMS["without_frequencies"]))
+
+
+@pytest.mark.skipif(not Path("/proc/stat").exists(), reason="the system does not tell who took its time")
+def test_time_of_others_is_not_our_own(tmp_path):
+    def busy():
+        ended = time.process_time() + 0.5
+        while time.process_time() < ended:
+            pass
+
+    before = measuring.seconds_of_others()
+    subprocess.run([sys.executable, "-c", ""], check=True)
+    taken = sum(os.times()[:4])
+    busy()
+    meanwhile = sum(os.times()[:4]) - taken
+    assert meanwhile == pytest.approx(0.5, abs=0.1)
+    measuring.record(tmp_path / "part.json", lambda: {"busy": busy()})
+    written = checkpoints.read_json(tmp_path / "part.json")
+    assert measuring.seconds_of_others() >= before - 0.1  # clocks tick
+    assert 0 <= written["others"] <= os.cpu_count() - 0.5 / written["seconds"] + 0.2
+
+
+def test_layers_of_a_run_are_what_its_latents_are_in():
+    assert costs.layers({"latent_dims": [8, 16, 32], "options": {}}) == 3
+    assert costs.layers({"latent_dims": [8, 16, 32], "options": {"n_levels": 2}}) == 2
 
 
 @pytest.fixture
@@ -74,13 +142,16 @@ def in_this_process(monkeypatch):
     monkeypatch.setattr(measuring, "in_child", lambda function, *arguments, limit=None: function(*arguments))
 
 
-# `compile` takes a minute and `starting` starts Python anew; both are left to `make bench`.
-@pytest.mark.parametrize("name", [name for name in bench.PARTS if name not in ("compile", "starting")])
+# `compile` takes a minute, `starting` and `data_parallel` start Python anew; they are left to `make bench`.
+@pytest.mark.parametrize("name", [name for name in bench.PARTS if name not in ("compile", "starting", "data_parallel")])
 def test_every_part_runs(name, tmp_path, in_this_process):
     assert bench.run([name], measuring.TINY, tmp_path) == []
     results = checkpoints.read_json(tmp_path / f"{name}.json")["results"]
     if name == "inner_loop":
-        assert {"plain", "frozen", *speed.FORMS} - {"bfloat16"} <= results["ratios"]["wide"]["best"].keys()
+        measured = [{*s["forms"]} for s in results["settings"]]
+        assert all(forms.isdisjoint(s["same_as"]) for forms, s in zip(measured, results["settings"]))
+        in_float32 = {form for form, given in speed.FORMS.items() if "precision" not in given}
+        assert {"plain", "frozen", *in_float32} <= results["ratios"]["wide"]["best"].keys()
     if name == "peak":
         (setting,) = results["settings"]
         assert sum(setting["float32"]["profile"].values()) == pytest.approx(1)
