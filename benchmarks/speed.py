@@ -83,7 +83,8 @@ def chains(name: str, model: Model, sizes: Sizes, threads: int) -> dict[str, Any
     """
     torch.set_num_threads(threads)
     posterior = measuring.posterior(model, sizes.batch_size)
-    n_steps = (sizes.n_steps if threads == max(sizes.threads) else sizes.n_steps_on_fewer_threads)[name]
+    most = threads == max(sizes.threads)  # fewer have only to show that they are slower
+    n_steps = (sizes.n_steps if most else sizes.n_steps_on_fewer_threads)[name]
     slower = bfloat16_slower(model)
     forms = {form: given for form, given in FORMS.items() if "precision" not in given or slower < NOT_WORTH_IT}
     layers = {form: fourier_layers(copy_of(posterior, **given)) for form, given in forms.items()}
@@ -91,8 +92,8 @@ def chains(name: str, model: Model, sizes: Sizes, threads: int) -> dict[str, Any
     forms = {form: given for form, given in forms.items() if form not in same_as}
     sides = {"plain": lambda: plain(posterior, n_steps), "frozen": lambda: frozen_only(posterior, n_steps)}
     sides |= {form: lambda given=given: ours(posterior, n_steps, **given) for form, given in forms.items()}
-    budgets = dict.fromkeys(sides, sizes.budget)
-    if threads == max(sizes.threads):
+    budgets = dict.fromkeys(sides, sizes.budget if most else sizes.budget / 3)
+    if most:
         budgets |= {same_as.get(form, form): sizes.contest_budget for form in CONTEST}
     times = by_turns(sides, sizes.contest_rounds, budgets)
     copies = by_turns(
