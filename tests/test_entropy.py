@@ -57,6 +57,23 @@ def saturating_posterior(pixels, latents, scale, sigma, n=1):
         return srlib.Posterior(g, g(g.sample_prior(n, rng)) + sigma * noise, sigma)
 
 
+def linear_of(weight, n=4, sigma=0.1):
+    rng = torch.Generator().manual_seed(1)
+    g = srlib.LinearGenerator(weight, torch.zeros(len(weight), dtype=weight.dtype))
+    with torch.no_grad():
+        x = g(g.sample_prior(n, rng))
+        return srlib.Posterior(g, x + sigma * torch.randn(x.shape, generator=rng, dtype=x.dtype), sigma)
+
+
+def product_of_jacobians(posterior, chain):
+    """dF/de_0 [n, d, d], step by step: Eq. (12)."""
+    h = entropy.hessians(posterior, chain.trajectory[:-1])
+    jacobian = torch.eye(h.shape[-1], dtype=h.dtype, device=h.device)
+    for h_k, s_k in zip(h, chain.step_size.expand(chain.n_steps, *chain.initial.shape)):
+        jacobian = jacobian + s_k[..., None] * h_k @ jacobian
+    return jacobian
+
+
 # --- log|det dF/de_0| -------------------------------------------------------------------------------------------------
 
 
@@ -70,13 +87,28 @@ def test_stepwise_is_row_by_row_while_the_jacobian_is_well_conditioned(
     n_steps, largest = 6, 0.7 / largest_curvature(posterior) if linear else 4e-3
     s = step_sizes(shape, largest, n_steps, 4, 12)
     chain = run(posterior, n_steps, s)
-    h = entropy.hessians(posterior, chain.trajectory[:-1])
-    jacobian = torch.eye(12, dtype=h.dtype, device=h.device)
-    for h_k, s_k in zip(h, chain.step_size.expand(n_steps, 4, 12)):
-        jacobian = jacobian + s_k[..., None] * h_k @ jacobian
+    jacobian = product_of_jacobians(posterior, chain)
     assert torch.linalg.cond(jacobian).max() < 1e6
     stepwise, row_by_row = (srlib.log_abs_det_jacobian(posterior, chain, m) for m in ("stepwise", "row_by_row"))
     assert stepwise.abs().min() > 0.1
+    torch.testing.assert_close(stepwise, row_by_row, rtol=1e-8, atol=0)
+    torch.testing.assert_close(stepwise, torch.linalg.slogdet(jacobian)[1], rtol=1e-8, atol=0)
+
+
+@pytest.mark.parametrize("kind, least, largest", [("linear", 1e5, 1e6), ("saturating", 1e4, 1e6)])
+def test_stepwise_is_row_by_row_until_the_condition_number_is_a_million(kind, least, largest):
+    """The stiffest directions of the linear model shrink to 2^-20, the others hardly; no warning, and 1e-8 between them."""
+    if kind == "linear":
+        weight = torch.randn(20, 12, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+        posterior = linear_of(weight)
+        chain = run(posterior, 20, 0.5 / largest_curvature(posterior))
+    else:
+        posterior = saturating_posterior(pixels=14, latents=10, scale=0.3, sigma=0.5, n=2)
+        chain = run(posterior, 40, 0.05)
+    jacobian = product_of_jacobians(posterior, chain)
+    condition = torch.linalg.cond(jacobian)
+    assert least < condition.min() and condition.max() < largest
+    stepwise, row_by_row = (srlib.log_abs_det_jacobian(posterior, chain, m) for m in ("stepwise", "row_by_row"))
     torch.testing.assert_close(stepwise, row_by_row, rtol=1e-8, atol=0)
     torch.testing.assert_close(stepwise, torch.linalg.slogdet(jacobian)[1], rtol=1e-8, atol=0)
 
@@ -233,14 +265,6 @@ def test_low_rank_spends_most_on_the_chains_that_need_it():
     assert found.n_products == alone.n_products
     assert found.standard_error[0] < alone.standard_error / 2
     assert ((found.value - exact).abs() <= 3 * found.standard_error + 1e-6).all()
-
-
-def linear_of(weight, n=4, sigma=0.1):
-    rng = torch.Generator().manual_seed(1)
-    g = srlib.LinearGenerator(weight, torch.zeros(len(weight), dtype=weight.dtype))
-    with torch.no_grad():
-        x = g(g.sample_prior(n, rng))
-        return srlib.Posterior(g, x + sigma * torch.randn(x.shape, generator=rng, dtype=x.dtype), sigma)
 
 
 @pytest.mark.parametrize("stiff", [100, 50, 90])
