@@ -228,6 +228,22 @@ def test_torchrun_ends_with_one_message_where_a_batch_cannot_be_shared(tmp_path)
     assert (tmp_path / "log").read_text().count(told) == 1
 
 
+def test_torchrun_of_two_processes_ends_as_one_process(tmp_path):
+    """The command of the README, from a shell's point of view: its status, its files, and the scores of one process."""
+    config = CONFIGS["vae"] | {"n_updates": 4}
+    (tmp_path / "config.yaml").write_text(json.dumps(config))
+    there, here = tmp_path / "two", tmp_path / "one"
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    command = [*launch, "-m", "srlib.experiment", str(tmp_path / "config.yaml"), "--output", str(there)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+    experiment.run(experiment.Config.from_dict(config), here, progress=False)
+    assert checkpoints.read_json(there / "metrics.json")["environment"]["processes"] == 2
+    assert {p.name for p in there.iterdir()} == {p.name for p in here.iterdir()}
+    assert_same(there, here)
+
+
 @pytest.mark.parametrize("n", range(1, 12))
 @pytest.mark.parametrize("world_size", [1, 2, 3, 5])
 def test_shares_are_equal_and_cover_every_row_once(n, world_size, monkeypatch):

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import logging
 import math
+import os
+import shutil
 import weakref
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -278,6 +282,42 @@ def test_what_cannot_be_compiled_runs_as_it_is_and_says_so(monkeypatch, caplog):
         fast = accelerated(posterior, compile=True)
     assert "no compiler here" in caplog.text
     assert relative(fast.score(e), posterior.score(e)) < 1e-5
+
+
+@pytest.mark.skipif(
+    os.environ.get("HYPOTHESIS_PROFILE") != "long" or not any(map(shutil.which, ("g++", "clang++", "c++"))),
+    reason="compiling takes up to a minute (make fault-test), and a C++ compiler",
+)
+def test_compiled_scores_are_the_eager_ones(caplog):
+    class Saturating(srlib.LinearGenerator):
+        def forward(self, e: torch.Tensor) -> torch.Tensor:
+            return torch.tanh(super().forward(e))
+
+    posterior = posterior_of(Saturating(torch.randn(9, 3), torch.randn(9)))
+    e = posterior.generator.sample_prior(4)
+    fast = accelerated(posterior, compile=True)
+    assert fast.generator._compiled_call_impl is not None and "left out" not in caplog.text
+    assert relative(fast.score(e), posterior.score(e)) < 1e-5
+
+
+def test_what_cannot_be_recorded_as_a_graph_runs_as_it_is_and_says_so_once(monkeypatch, caplog):
+    """The form for a GPU, without one: recording fails at the second score."""
+
+    @contextlib.contextmanager
+    def without_graphs(_: object) -> Iterator[None]:
+        raise RuntimeError("no graphs here")
+        yield
+
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", object)
+    monkeypatch.setattr(torch.cuda, "graph", without_graphs)
+    posterior = posterior_of(GENERATORS["top down"]())
+    fast = accelerated(posterior)
+    fast.__class__ = inner_loop._OnGraph
+    for n_told in (0, 1, 1, 1):
+        e = posterior.generator.sample_prior(4)
+        assert relative(fast.score(e), posterior.score(e)) < 1e-5
+        assert [r.getMessage() for r in caplog.records] == ["no CUDA graph: no graphs here"] * n_told
+    assert fast._graph is None
 
 
 @pytest.mark.parametrize("given, named", [({"precision": "half"}, "half"), ({"compile": 1}, "compile=1")])

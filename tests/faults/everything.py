@@ -63,6 +63,7 @@ def commands(seed: int, folder: Path) -> dict[str, list[str]]:
         "properties": [*PYTEST, f"--hypothesis-seed={seed}", "--hypothesis-show-statistics", "tests/test_bad_input.py"],
         **{f"kills {system}": program("kills", seed, system) for system in kills.OWN},
         **{f"reader {n}": program("readers", n, count, seed, places[n]) for n, count in shares().items()},
+        "compiler": [*PYTEST, "tests/test_inner_loop.py", "-k", "compiled"],
         "tests": [*PYTEST, "--collect-only", "tests"],
     }
 
@@ -82,7 +83,8 @@ def run(name: str, command: list[str]) -> Ended:
 def counts(done: dict[str, Ended]) -> dict[str, Any]:
     """What the programs say they did, by the kind of fault."""
     said = {name: ended.output for name, ended in done.items()}
-    last = {name: json.loads(said[name].splitlines()[-1]) for name in said if name not in ("properties", "tests")}
+    by_pytest = ("properties", "compiler", "tests")
+    last = {name: json.loads(said[name].splitlines()[-1]) for name in said if name not in by_pytest}
     tests = Counter(re.findall(r"^tests/test_(\w+)\.py::", said["tests"], re.M))
     return {
         "kills": {name.removeprefix("kills "): c[name.removeprefix("kills ")] for name, c in last.items() if "kills" in name},
