@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import srlib
-from srlib import step_size
+from srlib import entropy, step_size
 from srlib.brute_force import regular_axes, short_run_density
 
 
@@ -152,6 +152,67 @@ def test_the_extended_space_bounds_hold_where_steps_fold(wave, estimator):
         wave_posterior(wave, 0.7, 0.3), 0.15, 10, estimator, regular_axes(1, 20.0, 2001), 2000
     )
     assert gap > -4 * error
+
+
+@pytest.mark.parametrize("overshoot", [0.3, 1.6])
+def test_the_objective_of_a_linear_model_is_that_of_brute_force(overshoot):
+    """With moment-matched numbers, whose quadratic functions have no Monte Carlo error; no closed form is asked."""
+    posterior, n_steps = random_model(1, False, seed=0), 6
+    s, n_chains = overshoot / curvatures(posterior).max().item(), 2 * (n_steps + 1)
+    common = step_size.moment_matched(n_chains, n_steps, 1, seeded())
+    found = srlib.grid_search_step_size(posterior, [s], n_steps, n_chains=n_chains, common=common)
+    exact = short_run_density(posterior, s, n_steps, regular_axes(1, 8.0, 1601))
+    assert found.objective.item() == pytest.approx(exact.kl - exact.log_marginal, abs=1e-6)
+
+
+def test_linear_noise_of_a_nonlinear_model_is_near_brute_force_at_small_steps(linear_posterior):
+    """Entropy and objective to 0.03 nats and 4 standard errors, where the chain has lost 0.1 nats of the prior's entropy."""
+    posterior = with_generator(linear_posterior(1, latents=1, pixels=3, sigma=0.7), Saturating)
+    s, n_steps, many = 0.01, 8, copies(posterior, 4000)
+    exact = short_run_density(posterior, s, n_steps, regular_axes(1, 8.0, 1201))
+    assert exact.entropy < 0.5 * math.log(2 * math.pi * math.e) - 0.1
+    chain = srlib.short_run(many, n_steps, s, rng=seeded(), keep_trajectory=True)
+    entropies = -entropy.linear_noise(many, chain)
+    objective = srlib.kl_objective(many, s, n_steps, "linear_noise", rng=seeded())
+    for values, expected in ((entropies, exact.entropy), (objective, exact.kl - exact.log_marginal)):
+        assert abs(values.mean().item() - expected) < 0.03 + 4 * (values.std() / 4000**0.5).item()
+
+
+def test_equation_17_lies_above_brute_force_where_no_step_folds(wave):
+    """By more than chance: with 20 further draws it keeps what one draw loses, unlike an average over preimages."""
+    posterior, axes = wave_posterior(wave, 0.7, 0.5), regular_axes(1, 8.0, 801)
+    gap, error, _, _ = against_brute_force(posterior, 0.05, 5, "equation_17", axes, 400)
+    one_draw, *_ = against_brute_force(posterior, 0.05, 5, "change_of_variables", axes, 400)
+    assert gap > one_draw > 4 * error
+
+
+def test_optima_of_equation_17_and_semi_implicit_against_brute_force():
+    """A linear model: Eq. (17) loses all entropy of the noise and picks too small an s, an average over preimages loses less."""
+    posterior, n_steps = random_model(1, False, seed=0), 5
+    largest, n_chains = curvatures(posterior).max().item(), 48
+    shares = (0.13, 0.2, 0.3, 0.4, 0.55)
+    common = step_size.moment_matched(n_chains, n_steps, 1, seeded())
+    equation_17, semi_implicit = (
+        srlib.grid_search_step_size(
+            posterior,
+            [share / largest for share in shares],
+            n_steps,
+            estimator,
+            rng=seeded(),
+            n_chains=n_chains,
+            common=common,
+        )
+        for estimator in ("equation_17", "semi_implicit")
+    )
+    densities = [short_run_density(posterior, share / largest, n_steps, regular_axes(1, 8.0, 2001)) for share in shares]
+    exact = torch.tensor([density.kl - density.log_marginal for density in densities], dtype=torch.float64)
+    # without the noise the entropy is that of the prior, scaled
+    without = [0.5 * math.log(2 * math.pi * math.e) + n_steps * math.log(1 - share) for share in shares]
+    expected = [-h - density.energy for h, density in zip(without, densities)]
+    assert equation_17.objective.tolist() == pytest.approx(expected, abs=1e-6)
+    assert (exact < semi_implicit.objective).all() and (semi_implicit.objective < equation_17.objective).all()
+    assert equation_17.local_minima == [equation_17.best] and semi_implicit.local_minima == [semi_implicit.best]
+    assert equation_17.best < semi_implicit.best <= int(exact.argmin())
 
 
 # --- grid search ------------------------------------------------------------------------------------------------------
@@ -318,6 +379,10 @@ def test_with_moment_matched_numbers_the_objective_of_a_linear_model_is_its_kl_t
         (12, 6, True, 35, 1.8),
         (20, 2, False, 35, 0.05),
         (20, 2, False, 35, 1.8),
+        # many steps, a few iterations
+        (1, 100, False, 20, 0.05),
+        (2, 100, True, 12, 0.3),
+        (8, 25, True, 8, 0.4),
     ],
 )
 def test_descent_ends_within_2_percent_of_the_optimum_of_the_exact_kl(latents, n_steps, masked, n_iterations, start):
