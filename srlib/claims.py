@@ -575,7 +575,8 @@ def over(values: Sequence[float], of: str) -> Evidence:
     if wrong := [v for v in values if isinstance(v, bool) or not isinstance(v, (int, float)) or not math.isfinite(v)]:
         raise ValueError(f"values hold {wrong[0]!r}; leave out what is no finite number")
     n = len(values)
-    if n == 1 or len(set(values)) == 1:  # the same point of a grid for all seeds says nothing about the next one
+    # the same point of a grid for all seeds, but for rounding, says nothing about the next one
+    if n == 1 or max(values) - min(values) <= 1e-9 * max(map(abs, values)):
         return Evidence(values[0], -math.inf, math.inf, f"{n} {of if n > 1 else of.removesuffix('s')}")
     return _interval(statistics.fmean(values), statistics.stdev(values) / math.sqrt(n), n - 1, f"{n} {of}")
 

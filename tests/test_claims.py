@@ -65,7 +65,7 @@ def test_the_interval_is_students():
     assert found.upper - 2 == pytest.approx(4.3027 / 3**0.5, rel=1e-4) and found.lower == pytest.approx(4 - found.upper)
 
 
-@pytest.mark.parametrize("values", [[0.3], [0.3, 0.3]])
+@pytest.mark.parametrize("values", [[0.3], [0.3, 0.3], [0.3, 0.1 + 0.2]])
 def test_one_value_and_equal_values_have_no_interval(values):
     found = claims.over(values, "seeds")
     assert (found.lower, found.upper) == (-math.inf, math.inf)
