@@ -379,6 +379,7 @@ def test_with_moment_matched_numbers_the_objective_of_a_linear_model_is_its_kl_t
         (12, 6, True, 35, 1.8),
         (20, 2, False, 35, 0.05),
         (20, 2, False, 35, 1.8),
+        (1, 100, False, 100, 1.8),  # near divergence with many steps: 50 iterations end far off, 100 do not
         # many steps, a few iterations
         (1, 100, False, 20, 0.05),
         (2, 100, True, 12, 0.3),
