@@ -271,10 +271,9 @@ def late_change(runs: Seeds, after: float = 0.5) -> Evidence:
     changes = []
     for folder in runs.values():
         history = checkpoints.read_json(folder / "history.json")["history"]
-        delta = [
-            math.sqrt(2 * s) for s in history["step_size"]
-        ]  # in force at each update; the last may have changed it once more
+        delta = [math.sqrt(2 * s) for s in history["step_size"]]
         sigma = history["sigma"]
+        # s may have been updated once more, after the last update of theta
         end = verified_metrics(folder)["scores"]["noise_scale"]
         relative = [math.log(d / v) for d, v in zip([*delta, end], [*sigma, sigma[-1]], strict=True)]
         late = relative[round(after * (len(delta) - 1)) :]
