@@ -21,6 +21,7 @@ from . import checkpoints, comparison
 from .experiment import verified_metrics
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
     from .langevin import Chain
@@ -482,6 +483,27 @@ def change_of_divergence(runs: Seeds, n_images: int, sigma: str) -> Evidence:
     return _over_seeds(values)
 
 
+def change_of_energy_gap(runs: Seeds, n_images: int, sigma: str) -> Evidence:
+    """How much higher -log p(x, e) is where short runs end than in long exact runs, at the last snapshot minus at the first.
+
+    In nats per latent, by test image; sigma as in `change_of_divergence`.
+    """
+    values = []
+    for folder in runs.values():
+        first, last = (_energy_gaps(folder, n_images, _snapshots(folder)[i], sigma == "final")[0] for i in (0, -1))
+        values.append([after - before for before, after in zip(first, last)])
+    return _over_seeds(values)
+
+
+def disagreement_of_long_runs(runs: Seeds, n_images: int, snapshot: str) -> Evidence:
+    """Mean -log p(x, e) of long runs from the prior minus that of those from the ends of short runs, in nats per latent, by test image.
+
+    snapshot : "first" or "last", with the sigma in force there.
+    """
+    at = {"first": 0, "last": -1}[snapshot]
+    return _over_seeds([_energy_gaps(folder, n_images, _snapshots(folder)[at])[1] for folder in runs.values()])
+
+
 def divergence_difference(ours: Seeds, theirs: Seeds, n_images: int) -> Evidence:
     """KL(q_s || p) of our generator minus that of theirs, with our K, s and sigma for both, in nats per latent, by test image."""
     values = []
@@ -551,7 +573,7 @@ QUANTITIES: dict[str, Callable[..., Evidence]] = {
     f.__name__: f
     for f in (
         score_difference, end_of_search, spread_of_ends, late_change, search_share, smallest_eigenvalue, folding_share, excess_of_eq_17, start_share,
-        gradient_to_noise, largest_rise, first_divergence, change_of_divergence, divergence_difference, residual_left, inpainting_difference,
+        gradient_to_noise, largest_rise, first_divergence, change_of_divergence, change_of_energy_gap, disagreement_of_long_runs, divergence_difference, residual_left, inpainting_difference,
         inpainting_against_fill, interior_optimum,
         layer_lead, layer_contrast,
     )
@@ -560,6 +582,7 @@ UNITS = dict.fromkeys(QUANTITIES, "") | {
     "end_of_search": "log δ", "spread_of_ends": "log δ", "late_change": "log δ", "search_share": "share of time", "smallest_eigenvalue": "log₁₀", "folding_share": "share of images",
     "excess_of_eq_17": "nats per latent", "start_share": "share of variance", "gradient_to_noise": "log ratio", "largest_rise": "nats",
     "first_divergence": "nats per latent", "change_of_divergence": "nats per latent", "divergence_difference": "nats per latent",
+    "change_of_energy_gap": "nats per latent", "disagreement_of_long_runs": "nats per latent",
     "residual_left": "ratio", "inpainting_difference": "MSE", "inpainting_against_fill": "MSE", "interior_optimum": "nats per latent", "layer_lead": "share told", "layer_contrast": "share told",
 }  # fmt: skip
 
@@ -693,18 +716,39 @@ def _divergences(
 
     final : with the final sigma and s, and not those in force; steps_of : with K, sigma and s of that run.
     """
+    from .evaluation.mismatch import short_run_divergence
+
+    posterior, n_steps, s, rng = _inference(folder, n_images, update, final, steps_of)
+    found = short_run_divergence(posterior, n_steps, s, rng=rng)
+    return (found / posterior.generator.latent_dim).tolist()
+
+
+@functools.lru_cache(maxsize=64)
+def _energy_gaps(folder: Path, n_images: int, update: int, final: bool = False) -> tuple[list[float], list[float]]:
+    """For the first test images after so many updates, per latent: the energy gap of short runs, and the disagreement of long runs."""
+    from .evaluation.mismatch import energy_gap
+
+    posterior, n_steps, s, rng = _inference(folder, n_images, update, final)
+    found = energy_gap(posterior, n_steps, s, rng=rng)
+    gap, disagreement = (
+        (values / posterior.generator.latent_dim).tolist() for values in (found.gap, found.disagreement)
+    )
+    return gap, disagreement
+
+
+def _inference(
+    folder: Path, n_images: int, update: int | None = None, final: bool = False, steps_of: Path | None = None
+) -> tuple[Posterior, int, Tensor, torch.Generator]:
+    """Posterior, K and s of short runs on the first test images, as in `_divergences`, and the random numbers for all of it."""
     import torch
 
-    from .evaluation.mismatch import short_run_divergence
     from .posterior import Posterior
 
     system, x = _system(folder, n_images, update)
     dynamics = system if steps_of in (None, folder) else _system(steps_of, 1)[0]
     in_force = update is not None and not final
     sigma, s = _in_force(folder, system, update) if in_force else (dynamics.sigma, dynamics.step_size)
-    rng = torch.Generator().manual_seed(0)
-    found = short_run_divergence(Posterior(system.generator, x, sigma), dynamics.n_steps, s, rng=rng)
-    return (found / system.generator.latent_dim).tolist()
+    return Posterior(system.generator, x, sigma), dynamics.n_steps, s, torch.Generator().manual_seed(0)
 
 
 def _start_share(e: Tensor) -> float:

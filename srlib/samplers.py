@@ -7,13 +7,14 @@
 
 One leapfrog step from e with velocity v ends at e + (eps^2 / 2) score(e) + eps v, and the ratio of proposal densities in
 Metropolis and Hastings' rule is what the kinetic energies make of it; so there is one kernel, `hmc_step`, here.
+`long_run` finds its own step sizes, for whoever wants the posterior and not the sampler.
 Without the correction MALA is the short run of Eq. (10): its rate of rejection at s measures how far short runs overshoot.
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -21,6 +22,9 @@ from torch import Tensor
 from .generators import check_rng, check_whole, randn_like, uniform_like
 from .langevin import validated_step_size
 from .posterior import Posterior, frozen
+
+# `long_run`: gradients of a Hamiltonian step, the acceptance that step sizes aim at, how fast they follow it, and the first beta.
+LEAPFROG, TARGET_ACCEPTANCE, GAIN, FIRST_BETA = 10, 0.8, 0.5, 1e-3
 
 
 @dataclass(frozen=True)
@@ -160,6 +164,36 @@ def mala(
     validated_step_size(step_size, shape, posterior.x)  # so that s is named, not eps
     leapfrog_step = (2 * torch.as_tensor(step_size, dtype=torch.float64)).sqrt()
     return hmc(posterior, n_steps, leapfrog_step, 1, initial, rng, keep_trajectory)
+
+
+def long_run(
+    posterior: Posterior, n_steps: int, initial: Tensor | None = None, rng: torch.Generator | None = None
+) -> Samples:
+    """Hamiltonian Monte Carlo that tunes itself, as a reference for short runs: one chain for each of the n images.
+
+    As many steps again, which are forgotten, come first. In them the step size of each chain follows its acceptance, and chains
+    from the prior are annealed: beta rises to 1. Then each step shortens eps by a factor from [1/2, 1], so that no path has the
+    length of a period.
+
+    initial : first states [n, d], which are not annealed; None draws them from the prior.
+
+    Returns `Samples` with the trajectory of the steps that count, acceptance theirs. Exact in the limit of many steps alone: compare
+    runs from different starts. Raises ValueError for arguments that do not fit.
+    """
+    check_whole("n_steps", n_steps, 2)
+    check_rng(rng)
+    e = posterior.generator.sample_prior(len(posterior), rng) if initial is None else initial
+    state = start = evaluate(posterior, posterior.validated(e).detach())
+    betas = torch.logspace(math.log10(FIRST_BETA), 0, n_steps) if initial is None else torch.ones(n_steps)
+    log_step = torch.full_like(state.log_likelihood, math.log(1 / LEAPFROG))
+    for beta in betas.tolist():
+        state, probability = hmc_step(posterior, state, beta, log_step.exp()[:, None].to(state.e), LEAPFROG, rng)
+        log_step = log_step + GAIN * (probability - TARGET_ACCEPTANCE)
+    shorter = 1 - 0.5 * uniform_like(log_step.expand(n_steps, -1), rng)
+    found = hmc(
+        posterior, n_steps, (shorter * log_step.exp())[:, :, None], LEAPFROG, state.e, rng, keep_trajectory=True
+    )
+    return replace(found, initial=start.e)
 
 
 def _choose(accepted: Tensor, proposal: State, state: State) -> State:

@@ -24,7 +24,7 @@ import srlib
 from srlib import claims, comparison, entropy, plots, step_size
 from srlib.brute_force import regular_axes, short_run_density
 from srlib.evaluation import factors, frechet, inpainting, likelihood, mismatch, reconstruction
-from srlib.samplers import hmc, mala
+from srlib.samplers import hmc, long_run, mala
 from srlib.variants import Variant, run_variant, variant_objective
 
 FLOATS = (torch.float32, torch.float64)
@@ -618,6 +618,13 @@ def hamiltonian(c, **given):
     check(samples.acceptance, (c.n,))
 
 
+@public(n_steps=whole(2, 3), initial=START, rng=NUMBER_GENERATOR)
+def self_tuned(c, **given):
+    samples = long_run(c.posterior, **given)
+    check(samples.final, (c.n, c.d), c.dtype)
+    check(samples.acceptance, (c.n,))
+
+
 ANNEALING = dict(n_chains=whole(2, 3), rng=NUMBER_GENERATOR)
 PATHS = dict(n_temperatures=whole(2, 4), n_leapfrog=whole(1, 2))
 EXACT = tensor(lambda c: (c.n, c.d))
@@ -913,6 +920,11 @@ def objective_by_steps(c, **given):
 @public(models=["point"], **OF_CHAINS, n_chains=whole(1, 2), rng=NUMBER_GENERATOR)
 def short_run_divergence(c, **given):
     check(mismatch.short_run_divergence(**given), (c.n,))
+
+
+@public(models=["point"], **OF_CHAINS, n_chains=whole(1, 2), n_long=whole(2, 3), rng=NUMBER_GENERATOR)
+def energy_gap(c, **given):
+    check(mismatch.energy_gap(**given).gap, (c.n,))
 
 
 @public(

@@ -339,10 +339,14 @@ def test_divergences_are_paired_by_image_and_seed(monkeypatch):
         return [level[folder.name] + 10 * i + (0.1 * i + 2 if update == 7 else 0) for i in range(n_images)]
 
     monkeypatch.setattr(claims, "_divergences", divergences)
+    monkeypatch.setattr(claims, "_energy_gaps", lambda *given: (divergences(*given), divergences(*given)))
     monkeypatch.setattr(claims, "_snapshots", lambda folder: [3, 7])
     ours, theirs = {0: Path("a"), 1: Path("b")}, {0: Path("c"), 1: Path("d"), 2: Path("e")}
     found = claims.change_of_divergence({0: Path("a")}, 3, "final")
     assert found.effect == pytest.approx(2.1) and found.of == "1 seed, over images"
+    assert claims.change_of_energy_gap({0: Path("a")}, 3, "final") == found
+    assert claims.disagreement_of_long_runs(ours, 3, "first").effect == pytest.approx(37.5)
+    assert claims.disagreement_of_long_runs(ours, 3, "last").effect == pytest.approx(39.6)
     assert claims.divergence_difference(ours, theirs, 3).effect == pytest.approx(0.75)
     assert claims.first_divergence(ours, 3).effect == pytest.approx(37.5)
     assert claims.divergence_difference({5: Path("a")}, theirs, 3).of == "no common seed"

@@ -67,6 +67,24 @@ def test_the_likelihood_of_a_posterior_with_several_modes(wave):
     assert missed.min() > -0.05 and missed.max() < 0.3
 
 
+def test_the_energy_gap_of_a_linear_model(linear_posterior):
+    """Its difference from the divergence is that of the entropies, where short runs stop early and where they overshoot."""
+    posterior = linear_posterior(n=2)
+    exact = srlib.ClosedForm(posterior)
+    for n_steps, s in ((3, 0.01), (40, 1.7 / torch.linalg.eigvalsh(exact.precision).max().item())):
+        entropies = [
+            torch.logdet(S) / 2 for S in (exact.short_run_moments(s, n_steps)[1], exact.posterior_moments()[1])
+        ]
+        expected = exact.short_run_kl(s, n_steps) + entropies[0] - entropies[1]
+        found = mismatch.energy_gap(posterior.repeated(10), n_steps, s, 200, 40, rng())
+        error = found.gap.unflatten(0, (2, -1)) - expected[:, None]
+        assert (error.mean(1).abs() < 4.8 * error.std(1) / math.sqrt(10)).all()
+        assert (error.std(1) / math.sqrt(10) < 0.1 * expected).all()
+        apart = found.disagreement.unflatten(0, (2, -1))
+        assert (apart.mean(1).abs() < 4.8 * apart.std(1) / math.sqrt(10)).all() and apart.std() < 0.3
+        assert found.acceptance.shape == (20,) and 0.7 < found.acceptance.mean() < 0.99
+
+
 def exact_residual(generator, images, sigma, n_steps, s):
     """|E sigma^2 d/dW log p|^2 of a linear model, bias included: sum of (x - b - W m) m' - W S, and of x - b - W m."""
     posterior = srlib.Posterior(generator, images, sigma)
@@ -114,6 +132,7 @@ def test_what_does_not_fit_is_refused(linear_posterior):
         mismatch.log_marginal,
         lambda p: mismatch.objective_by_steps(p, 2, 0.01),
         lambda p: mismatch.short_run_divergence(p, 2, 0.01),
+        lambda p: mismatch.energy_gap(p, 2, 0.01),
     ):
         with pytest.raises(ValueError, match="posterior=None must be a Posterior"):
             call(None)

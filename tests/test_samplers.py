@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import srlib
-from srlib.samplers import evaluate, hmc, hmc_step, mala
+from srlib.samplers import evaluate, hmc, hmc_step, long_run, mala
 
 
 def rng(seed=0):
@@ -49,6 +49,33 @@ def test_chains_from_the_prior_reach_the_exact_posterior(linear_posterior, sampl
     mean, covariance = srlib.ClosedForm(posterior[:1]).posterior_moments()
     assert_moments(samples.final, mean[0], covariance[0])
     assert samples.acceptance.mean() > 0.5
+
+
+@pytest.mark.parametrize("far", [False, True])
+def test_long_runs_tune_themselves_to_the_exact_posterior(linear_posterior, far):
+    """Annealed from the prior, or from starts whose energy is a million nats; with a mask too."""
+    posterior = repeated(linear_posterior(n=1, mask=True), 4_000)
+    start = torch.full((4_000, 3), 300.0).double() if far else None
+    samples = long_run(posterior, 60, start, rng())
+    mean, covariance = srlib.ClosedForm(posterior[:1]).posterior_moments()
+    assert_moments(samples.final, mean[0], covariance[0])
+    assert_moments(samples.trajectory[1], mean[0], covariance[0])  # what comes first is forgotten
+    assert samples.acceptance.mean().item() == pytest.approx(0.86, abs=0.06)
+    assert samples.trajectory.shape == (61, 4_000, 3) and torch.equal(samples.trajectory[-1], samples.final)
+    if far:
+        assert torch.equal(samples.initial, start)
+
+
+def test_long_runs_find_both_modes(wave):
+    """Modes of equal weight at several places, which a chain that is not annealed seldom leaves: against quadrature."""
+    x = torch.full((1, 1, 1, 1), 0.6).double()
+    e = torch.linspace(-9, 9, 20001).double()
+    density = srlib.Posterior(wave, x.repeat_interleave(len(e), 0), 0.05).log_joint(e[:, None]).detach().softmax(0)
+    posterior = srlib.Posterior(wave, x.repeat_interleave(2000, 0), 0.05)
+    found = long_run(posterior, 100, rng=rng()).final[:, 0]
+    for edge in (-3.0, -1.0, 1.0, 2.0):
+        share = density[e < edge].sum().item()
+        assert abs((found < edge).double().mean().item() - share) < 0.05
 
 
 @pytest.mark.parametrize("n_leapfrog", [1, 3])
@@ -158,6 +185,16 @@ def test_a_step_size_per_latent_is_exact_too(linear_posterior):
 def test_arguments_that_do_not_fit_are_named(linear_posterior, arguments, message):
     with pytest.raises(ValueError, match=message):
         hmc(linear_posterior(n=3), **arguments)
+
+
+def test_long_runs_name_what_does_not_fit(linear_posterior):
+    for arguments, message in (
+        (dict(n_steps=1), "n_steps=1"),
+        (dict(n_steps=4, initial=torch.zeros(2, 2)), "e has shape"),
+        (dict(n_steps=4, rng=3), "rng=3 must be a torch.Generator"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            long_run(linear_posterior(n=3), **arguments)
 
 
 def test_mala_rejects_a_negative_step_size(linear_posterior):

@@ -7,12 +7,16 @@
 log q_k is that of `entropy.linear_noise`; log p(x) is importance sampling from Gaussians at modes of the posterior. Where
 steps overshoot the first takes q_k for wider than it is, and the second is too low on average: both make a divergence look
 smaller, and both are exact for a linear generator. |g_b|^2 holds the noise of a batch; products of different batches do not.
+
+    KL(q_s || p(e|x)) = U(q_s) - U(p(e|x)) - [H(q_s) - H(p(e|x))],    U(q) = E_q[-log p(x, e)], H the entropy
+
+`energy_gap` is the difference of the U alone, which takes neither of the two estimates: that of the posterior comes from long runs.
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -21,6 +25,7 @@ from ..entropy import step_jacobians
 from ..generators import Generator, check_tensor, check_whole, given_or_fresh
 from ..langevin import short_run, validated_step_size
 from ..posterior import Posterior, check_images
+from ..samplers import long_run
 
 # Starts of the ascent to modes, its steps and learning rate, and draws from the Gaussian at each mode.
 N_STARTS, N_ASCENT, RATE, N_DRAWS = 8, 300, 0.1, 100
@@ -132,6 +137,53 @@ def short_run_divergence(
     """
     rng = given_or_fresh(rng)
     return objective_by_steps(posterior, n_steps, step_size, n_chains, rng)[-1] + log_marginal(posterior, rng)
+
+
+@dataclass(frozen=True)
+class EnergyGap:
+    """Means of -log p(x, e) over chains of each image, in nats, compared: [n], float64.
+
+    gap : of the ends of short runs, minus that of long runs. Positive where short runs stop too early or overshoot.
+    disagreement : of the long runs from the prior, minus that of those from the ends of the short runs: 0 but for noise where long
+        runs are long enough to serve as a reference.
+    acceptance : of the long runs.
+    """
+
+    gap: Tensor
+    disagreement: Tensor
+    acceptance: Tensor
+
+
+def energy_gap(
+    posterior: Posterior,
+    n_steps: int,
+    step_size: float | Tensor,
+    n_chains: int = 8,
+    n_long: int = 150,
+    rng: torch.Generator | None = None,
+) -> EnergyGap:
+    """How much higher the energy -log p(x, e) is where short runs end than in the posterior, by long runs of Hamiltonian steps.
+
+    n_chains : short runs of an image; as many long ones start from the prior, and as many from the ends of the short ones.
+    n_long : Hamiltonian steps of a long run that count (`samplers.long_run`).
+
+    Raises ValueError for arguments that do not fit, `DivergenceError` for short runs that left all bounds.
+    """
+    _check_posterior(posterior)
+    check_whole("n_chains", n_chains)
+    check_whole("n_long", n_long, 2)
+    rng, copies = given_or_fresh(rng), posterior.repeated(n_chains)
+    ends = short_run(copies, n_steps, step_size, rng=rng).final
+    long = [long_run(copies, n_long, initial, rng) for initial in (None, ends)]
+
+    @torch.no_grad()
+    def energy(states: Tensor) -> Tensor:
+        found = torch.stack([-copies.log_joint(e).double() for e in states])
+        return found.mean(0).unflatten(0, (-1, n_chains)).mean(1)
+
+    short, from_prior, from_ends = energy(ends[None]), *(energy(run.trajectory[1:]) for run in long)
+    acceptance = sum(run.acceptance for run in long).unflatten(0, (-1, n_chains)).mean(1) / 2
+    return EnergyGap(short - (from_prior + from_ends) / 2, from_prior - from_ends, acceptance)
 
 
 def mean_gradients(
