@@ -62,8 +62,8 @@ def test_names_say_what_a_row_is(profile):
 
 
 def table_3b(profile):
-    """K = 25 is a row of Table 1; 400 steps take a GPU."""
-    return {f"short_run-celeba32-L5-K{k}" for k in (5, 10, 50, 400) if k < 400 or profile == "paper"}
+    """K = 25 is a row of Table 1; 400 steps take a GPU, in whose place the reference has the most that a processor can do."""
+    return {f"short_run-celeba32-L5-K{k}" for k in (5, 10, 50, 400 if profile == "paper" else 100)}
 
 
 def test_the_tables_have_their_rows():
