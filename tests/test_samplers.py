@@ -53,7 +53,7 @@ def test_chains_from_the_prior_reach_the_exact_posterior(linear_posterior, sampl
 
 @pytest.mark.parametrize("far", [False, True])
 def test_long_runs_tune_themselves_to_the_exact_posterior(linear_posterior, far):
-    """Annealed from the prior, or from starts whose energy is a million nats; with a mask too."""
+    """Annealed from the prior, or from starts far outside it; with a mask."""
     posterior = repeated(linear_posterior(n=1, mask=True), 4_000)
     start = torch.full((4_000, 3), 300.0).double() if far else None
     samples = long_run(posterior, 60, start, rng())
@@ -66,7 +66,7 @@ def test_long_runs_tune_themselves_to_the_exact_posterior(linear_posterior, far)
         assert torch.equal(samples.initial, start)
 
 
-def test_long_runs_find_both_modes(wave):
+def test_long_runs_find_all_modes(wave):
     """Modes of equal weight at several places, which a chain that is not annealed seldom leaves: against quadrature."""
     x = torch.full((1, 1, 1, 1), 0.6).double()
     e = torch.linspace(-9, 9, 20001).double()
