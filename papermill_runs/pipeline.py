@@ -86,7 +86,7 @@ class Profile:
     seeds: list[int] | None  # instead of those in the matrix
     by_priority: bool = False  # runs start in the order of the matrix; the book shows unfinished ones as such
     root: Path = ROOT
-    companion: str | None = None  # the profile whose book lies within this one's
+    companions: dict[str, str] = field(default_factory=dict)  # books within this one's: profile -> what it holds
 
     @property
     def folder(self) -> Path:
@@ -120,7 +120,9 @@ def load_profile(name: str, seeds: list[int] | None = None, root: Path = ROOT, o
         matrix = checkpoints.read_yaml(path)
     except checkpoints.CheckpointError as error:
         raise PipelineError(str(error)) from error
-    _check_mapping(path, matrix, {"label", "by_priority", "companion", "estimates", "defaults", "runs", "chapters"})
+    known = {"label", "by_priority", "companions", "estimates", "defaults", "runs", "runs_of", "chapters"}
+    _check_mapping(path, matrix, known)
+    matrix = _with_rows_of_another(path, matrix)
     defaults = _entry(path, matrix, "defaults", {}, dict)
     by_priority = _entry(path, matrix, "by_priority", False, bool)
     per_update = seconds_per_update(root / _entry(path, matrix, "estimates", "", str))
@@ -174,8 +176,22 @@ def load_profile(name: str, seeds: list[int] | None = None, root: Path = ROOT, o
         seconds = _entry(path, row, "seconds", 30.0, (int, float))
         result = output.with_suffix(".json")
         jobs[chapter] = Job(chapter, notebook, output, result, parameters, needs, seconds, optional=by_priority)
-    companion = _entry(path, matrix, "companion", None, (str, type(None)))
-    return Profile(name, _entry(path, matrix, "label", "", str), jobs, seeds, by_priority, root, companion)
+    companions = _entry(path, matrix, "companions", {}, dict)
+    return Profile(name, _entry(path, matrix, "label", "", str), jobs, seeds, by_priority, root, companions)
+
+
+def _with_rows_of_another(path: Path, matrix: dict[str, Any]) -> dict[str, Any]:
+    """The matrix with the rows that it takes from another profile, runs_of: {profile, names, seeds}, to train them with other seeds."""
+    taken = _entry(path, matrix, "runs_of", {}, dict)
+    if not taken:
+        return matrix
+    _check_mapping(path, taken, {"profile", "names", "seeds"})
+    names, seeds = (_entry(path, taken, entry, [], list) for entry in ("names", "seeds"))
+    other = checkpoints.read_yaml(path.with_stem(_entry(path, taken, "profile", "", str)))
+    rows = {row["name"]: row for row in other["runs"]}
+    if unknown := [name for name in names if name not in rows]:
+        raise PipelineError(f"{path}: runs_of names {unknown}; the runs of {taken['profile']} are {[*rows]}")
+    return matrix | {"defaults": other.get("defaults"), "runs": [rows[name] | {"seeds": seeds} for name in names]}
 
 
 def _needs(path: Path, chapter: dict[str, Any]) -> list[str]:
@@ -672,20 +688,22 @@ def end_with(parent: int) -> None:
 
 
 def build_book(profile: Profile) -> Path:
-    """Check all results, put the book together from executed notebooks and build it, with its companion's; returns index.html."""
+    """Check all results, put the book together from executed notebooks and build it, with its companions'; returns index.html."""
     target = profile.root / "book" / "_build" / profile.name
     with checkpoints.locked(
         target / ".lock", f"the book of the profile {profile.name} is being built by another process"
     ):
         made = _checked(profile)
-        if profile.companion is None:
-            return _build_book(profile, made, target)
-        companion = load_profile(profile.companion, root=profile.root)
-        made_there = _checked(companion)
+        companions = [load_profile(name, root=profile.root) for name in profile.companions]
+        made_there = [_checked(companion) for companion in companions]
         with ThreadPoolExecutor(1) as pool:  # Sphinx is a process with one thread
-            inner = pool.submit(_build_book, companion, made_there, target / companion.name, within=profile)
+            inner = [
+                pool.submit(_build_book, companion, there, target / companion.name, within=profile)
+                for companion, there in zip(companions, made_there)
+            ]
             index = _build_book(profile, made, target)
-        shutil.copytree(inner.result().parent, index.parent / companion.name)
+        for companion, built in zip(companions, inner):
+            shutil.copytree(built.result().parent, index.parent / companion.name)
         return index
 
 
@@ -792,9 +810,8 @@ def runs_page(profile: Profile, within: Profile | None = None) -> str:
             f'The chapters that are missing here are in <a href="../runs.html">the profile `{within.name}`</a>.',
             "",
         ]
-    if profile.companion:
-        other = f'<a href="{profile.companion}/runs.html">the profile `{profile.companion}`</a>'
-        lines += [f"The same systems on other images, with the chapters that compare them, are in {other}.", ""]
+    for name, what in profile.companions.items():
+        lines += [f'{what}: <a href="{name}/runs.html">the profile `{name}`</a>.', ""]
     lines += [
         "| run | dataset | updates | MSE | sources | images | seconds |",
         "|---|---|---|---|---|---|---|",

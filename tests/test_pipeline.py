@@ -1,5 +1,6 @@
 """The pipeline on a small project of its own: what is repeated, what is refused, what survives."""
 
+import dataclasses
 import os
 import signal
 import subprocess
@@ -503,7 +504,7 @@ def test_a_matrix_with_priorities_has_a_book_before_it_is_finished(project, with
 def test_the_book_of_a_companion_lies_within_and_both_lead_to_each_other(project, without_kernels, monkeypatch):
     root, matrix = project
     alone, reader = matrix["chapters"]
-    write_matrix(root, matrix | {"companion": "other", "by_priority": True, "chapters": [alone]})
+    write_matrix(root, matrix | {"companions": {"other": "Elsewhere"}, "by_priority": True, "chapters": [alone]})
     write_matrix(root, matrix | {"label": "other", "by_priority": True, "chapters": [reader]}, "other")
     (root / "book" / "_toc.yml").write_text("parts: []")
     (root / "book" / "_config.yml").write_text("title: Short run")
@@ -526,7 +527,7 @@ def test_the_book_of_a_companion_lies_within_and_both_lead_to_each_other(project
         index = pipeline.build_book(profile)
     assert index.read_text() == "quick" and (index.parent / "other" / "index.html").read_text() == "other"
     target = root / "book" / "_build" / "quick"
-    assert '<a href="other/runs.html">' in (target / "source" / "runs.md").read_text()
+    assert 'Elsewhere: <a href="other/runs.html">' in (target / "source" / "runs.md").read_text()
     assert '<a href="../runs.html">' in (target / "other" / "source" / "runs.md").read_text()
     assert '<a href="../alone.html">`quick`</a> has' in (target / "other" / "source" / "alone.md").read_text()
     assert "Short run (profile other)" in (target / "other" / "source" / "_config.yml").read_text()
@@ -535,6 +536,19 @@ def test_the_book_of_a_companion_lies_within_and_both_lead_to_each_other(project
     monkeypatch.setattr(pipeline.subprocess, "run", None)  # nothing is built before all is checked
     with pytest.raises(pipeline.PipelineError, match=r"reader: .*reader\.ipynb is missing or was edited"):
         pipeline.build_book(profile)
+
+
+def test_a_profile_takes_rows_of_another_with_other_seeds(project):
+    root, matrix = project
+    taken = {"profile": "quick", "names": [matrix["runs"][0]["name"]], "seeds": [7]}
+    write_matrix(root, {"label": "again", "runs_of": taken}, "again")
+    (job,) = pipeline.load_profile("again", root=root).runs
+    first = pipeline.load_profile("quick", root=root).runs[0].config
+    assert job.config == dataclasses.replace(first, seed=7)
+    assert job.output.parent == root / "papermill_runs" / "again" / f"{first.name}-seed7"
+    write_matrix(root, {"label": "again", "runs_of": taken | {"names": ["else"]}}, "again")
+    with pytest.raises(pipeline.PipelineError, match=r"again\.yaml: runs_of names \['else'\]; the runs of quick are"):
+        pipeline.load_profile("again", root=root)
 
 
 def test_a_row_without_seconds_is_estimated_from_those_of_its_updates(project):
