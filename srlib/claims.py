@@ -478,7 +478,7 @@ def change_of_divergence(runs: Seeds, n_images: int, sigma: str) -> Evidence:
     """
     values = []
     for folder in runs.values():
-        first, last = (_divergences(folder, n_images, _snapshots(folder)[i], sigma == "final") for i in (0, -1))
+        first, last = (_divergences(folder, n_images, *end) for end in _ends(folder, sigma))
         values.append([after - before for before, after in zip(first, last)])
     return _over_seeds(values)
 
@@ -490,7 +490,7 @@ def change_of_energy_gap(runs: Seeds, n_images: int, sigma: str) -> Evidence:
     """
     values = []
     for folder in runs.values():
-        first, last = (_energy_gaps(folder, n_images, _snapshots(folder)[i], sigma == "final")[0] for i in (0, -1))
+        first, last = (_energy_gaps(folder, n_images, *end)[0] for end in _ends(folder, sigma))
         values.append([after - before for before, after in zip(first, last)])
     return _over_seeds(values)
 
@@ -639,6 +639,12 @@ def _system(folder: Path, n_images: int, snapshot: int | None = None, split: str
 
 def _snapshots(folder: Path) -> list[int]:
     return sorted(verified_metrics(folder)["config"]["snapshots"])
+
+
+def _ends(folder: Path, sigma: str) -> list[tuple[int, bool]]:
+    """The first and the last snapshot, and whether the final sigma is to replace that in force; after the last update they are the same."""
+    updates, n_updates = _snapshots(folder), verified_metrics(folder)["config"]["n_updates"]
+    return [(update, sigma == "final" and update < n_updates) for update in (updates[0], updates[-1])]
 
 
 def _in_force(folder: Path, system: System, update: int) -> tuple[float, Tensor]:

@@ -340,7 +340,8 @@ def test_divergences_are_paired_by_image_and_seed(monkeypatch):
 
     monkeypatch.setattr(claims, "_divergences", divergences)
     monkeypatch.setattr(claims, "_energy_gaps", lambda *given: (divergences(*given), divergences(*given)))
-    monkeypatch.setattr(claims, "_snapshots", lambda folder: [3, 7])
+    metrics = {"scores": {"noise_scale": 1.0}, "config": {"snapshots": [7, 5, 3], "n_updates": 7}}
+    monkeypatch.setattr(claims, "verified_metrics", lambda folder: metrics)
     ours, theirs = {0: Path("a"), 1: Path("b")}, {0: Path("c"), 1: Path("d"), 2: Path("e")}
     found = claims.change_of_divergence({0: Path("a")}, 3, "final")
     assert found.effect == pytest.approx(2.1) and found.of == "1 seed, over images"
@@ -350,8 +351,16 @@ def test_divergences_are_paired_by_image_and_seed(monkeypatch):
     assert claims.divergence_difference(ours, theirs, 3).effect == pytest.approx(0.75)
     assert claims.first_divergence(ours, 3).effect == pytest.approx(37.5)
     assert claims.divergence_difference({5: Path("a")}, theirs, 3).of == "no common seed"
-    monkeypatch.setattr(claims, "verified_metrics", lambda folder: {"scores": {"noise_scale": 1.0}})
     assert claims.end_of_search({5: Path("a")}, theirs).of == "no common seed"
+
+
+def test_what_is_the_same_after_the_last_update_is_measured_once(monkeypatch):
+    metrics = {"config": {"snapshots": [7, 5, 3], "n_updates": 7}}
+    monkeypatch.setattr(claims, "verified_metrics", lambda folder: metrics)
+    assert claims._ends(Path("a"), "in force") == [(3, False), (7, False)]
+    assert claims._ends(Path("a"), "final") == [(3, True), (7, False)]
+    metrics["config"]["n_updates"] = 9
+    assert claims._ends(Path("a"), "final") == [(3, True), (7, True)]
 
 
 def test_images_without_factors_tell_nothing_of_layers(monkeypatch):
