@@ -88,8 +88,8 @@ def main() -> None:
     names, wanted = parser.parse_args().names, rows()
     record = checkpoints.read_json(RESULT)["rows"] if RESULT.exists() else {}
     hashes = {name: pipeline.row_hash(config) for name, config in wanted.items()}
-    record = {name: row for name, row in record.items() if row["config"] == hashes.get(name) and name not in names}
-    missing = [config for name, config in wanted.items() if name not in record]
+    record = {name: row for name, row in record.items() if row["config"] == hashes.get(name)}
+    missing = [config for name, config in wanted.items() if name not in record or name in names]
     # a process for each row, whose peak memory is then its own
     with multiprocessing.get_context("spawn").Pool(1, maxtasksperchild=1) as pool:
         for config, row in zip(missing, pool.imap(measure, missing)):
