@@ -17,6 +17,7 @@ from __future__ import annotations
 import argparse
 import ast
 import contextlib
+import difflib
 import functools
 import hashlib
 import json
@@ -112,17 +113,9 @@ def load_profile(name: str, seeds: list[int] | None = None, root: Path = ROOT, o
 
     only : a row, run or chapter; the profile then holds it and the runs that it reads. To check a whole matrix takes seconds.
     """
-    path = root / "papermill_runs" / f"{name}.yaml"
-    if not re.fullmatch(r"[\w-]+", name) or not path.exists():
-        known = sorted(found.stem for found in path.parent.glob("*.yaml") if found.name != "claims.yaml")
-        raise PipelineError(f"unknown profile {name!r}; there are: {', '.join(known)}")
-    try:
-        matrix = checkpoints.read_yaml(path)
-    except checkpoints.CheckpointError as error:
-        raise PipelineError(str(error)) from error
-    known = {"label", "by_priority", "companions", "estimates", "defaults", "runs", "runs_of", "chapters"}
-    _check_mapping(path, matrix, known)
-    matrix = _with_rows_of_another(path, matrix)
+    path, matrix = _read_matrix(root, name)
+    if "runs_of" in matrix:
+        matrix = _with_rows_of_another(path, matrix, root, seeds)
     defaults = _entry(path, matrix, "defaults", {}, dict)
     by_priority = _entry(path, matrix, "by_priority", False, bool)
     per_update = seconds_per_update(root / _entry(path, matrix, "estimates", "", str))
@@ -164,6 +157,8 @@ def load_profile(name: str, seeds: list[int] | None = None, root: Path = ROOT, o
         output, notebook = folder / "book" / f"{chapter}.ipynb", root / "book" / f"{chapter}.md"
         if not re.fullmatch(r"[\w-]+", chapter) or not notebook.exists():
             raise PipelineError(f"{path}, chapter {chapter!r}: there is no notebook {notebook}")
+        if chapter in jobs:
+            raise PipelineError(f"{path}: the chapter {chapter!r} stands there twice")
         needs = tuple(job for job in jobs for name in wanted if job.rpartition("-seed")[0] == name)
         if len({job.rpartition("-seed")[0] for job in needs}) != len(wanted):
             raise PipelineError(f"{path}, chapter {chapter!r} needs {wanted}; the runs are {[*jobs]}")
@@ -176,28 +171,57 @@ def load_profile(name: str, seeds: list[int] | None = None, root: Path = ROOT, o
         seconds = _entry(path, row, "seconds", 30.0, (int, float))
         result = output.with_suffix(".json")
         jobs[chapter] = Job(chapter, notebook, output, result, parameters, needs, seconds, optional=by_priority)
+    if not jobs:
+        raise PipelineError(f"{path}: the profile has neither runs nor chapters")
     companions = _entry(path, matrix, "companions", {}, dict)
+    for companion, what in companions.items():
+        if companion == name or not isinstance(what, str):
+            raise PipelineError(f"{path}: companions must name other profiles and say what they hold, not {companions}")
+        _read_matrix(root, companion)
     return Profile(name, _entry(path, matrix, "label", "", str), jobs, seeds, by_priority, root, companions)
 
 
-def _with_rows_of_another(path: Path, matrix: dict[str, Any]) -> dict[str, Any]:
-    """The matrix with the rows that it takes from another profile, runs_of: {profile, names, seeds}, to train them with other seeds."""
+def _read_matrix(root: Path, name: Any) -> tuple[Path, dict[str, Any]]:
+    """The file of a profile and its entries, none of which is unknown."""
+    profiles = {found.stem: found for found in (root / "papermill_runs").glob("*.yaml") if found.stem != "claims"}
+    if not isinstance(name, str) or name not in profiles:
+        raise PipelineError(f"unknown profile {name!r}; there are: {', '.join(sorted(profiles))}")
+    try:
+        matrix = checkpoints.read_yaml(profiles[name])
+    except checkpoints.CheckpointError as error:
+        raise PipelineError(str(error)) from error
+    known = {"label", "by_priority", "companions", "estimates", "defaults", "runs", "runs_of", "chapters"}
+    _check_mapping(profiles[name], matrix, known)
+    return profiles[name], matrix
+
+
+def _with_rows_of_another(path: Path, matrix: dict[str, Any], root: Path, seeds: list[int] | None) -> dict[str, Any]:
+    """The matrix with the rows that it takes from another profile, runs_of: {profile, names, seeds}, for seeds that are new there."""
     taken = _entry(path, matrix, "runs_of", {}, dict)
-    if not taken:
-        return matrix
     _check_mapping(path, taken, {"profile", "names", "seeds"})
-    names, seeds = (_entry(path, taken, entry, [], list) for entry in ("names", "seeds"))
-    other = checkpoints.read_yaml(path.with_stem(_entry(path, taken, "profile", "", str)))
-    rows = {row["name"]: row for row in other["runs"]}
-    if unknown := [name for name in names if name not in rows]:
-        raise PipelineError(f"{path}: runs_of names {unknown}; the runs of {taken['profile']} are {[*rows]}")
-    return matrix | {"defaults": other.get("defaults"), "runs": [rows[name] | {"seeds": seeds} for name in names]}
+    names, own_seeds = (_entry(path, taken, entry, [], list) for entry in ("names", "seeds"))
+    if not names or not own_seeds or {"runs", "defaults"} & matrix.keys():
+        raise PipelineError(f"{path}: runs_of must give profile, names and seeds, and stands without runs and defaults")
+    where, other = _read_matrix(root, taken.get("profile"))
+    rows = {row["name"]: row for row in other.get("runs", []) if isinstance(row, dict) and "name" in row}
+    if unknown := [name for name in names if name not in [*rows]]:
+        raise PipelineError(f"{path}: runs_of names {unknown[0]!r}; the rows of {where.stem} are {', '.join(rows)}")
+    seeds = own_seeds if seeds is None else seeds
+    for name in names:
+        if known := [seed for seed in seeds if seed in rows[name].get("seeds", [0])]:
+            raise PipelineError(
+                f"{path}: {where.stem} trains {name} with seed {known[0]} already; give seeds that are new"
+            )
+    return matrix | {"defaults": other.get("defaults"), "runs": [rows[name] | {"seeds": own_seeds} for name in names]}
 
 
 def _needs(path: Path, chapter: dict[str, Any]) -> list[str]:
     """The rows that a chapter reads. `needs` may hold those of other chapters as lists, since YAML cannot join them."""
     needed = _entry(path, chapter, "needs", [], list)
-    return list(dict.fromkeys(n for entry in needed for n in (entry if isinstance(entry, list) else [entry])))
+    names = [name for entry in needed for name in (entry if isinstance(entry, list) else [entry])]
+    if wrong := [name for name in names if not isinstance(name, str)]:
+        raise PipelineError(f"{path}: needs: {wrong[0]!r} must be the name of a row, or a list of names")
+    return list(dict.fromkeys(names))
 
 
 def seconds_per_update(path: Path) -> dict[str, float]:
@@ -649,7 +673,9 @@ def named(names: list[str], profile: Profile) -> set[str]:
     of_rows = {job.name: job.config.name for job in profile.runs}
     jobs = {name: {job for job in profile.jobs if name in (job, of_rows.get(job))} for name in names}
     if unknown := sorted(name for name, found in jobs.items() if not found):
-        raise PipelineError(f"no such run or chapter: {', '.join(unknown)}; there are: {', '.join(profile.jobs)}")
+        near = difflib.get_close_matches(unknown[0], {*profile.jobs, *of_rows.values()}, 3)
+        hint = f"did you mean {' or '.join(near)}?" if near else f"there are: {', '.join(profile.jobs)}"
+        raise PipelineError(f"no such run or chapter: {', '.join(unknown)}; {hint}")
     return set().union(*jobs.values())
 
 
@@ -696,12 +722,21 @@ def build_book(profile: Profile) -> Path:
         made = _checked(profile)
         companions = [load_profile(name, root=profile.root) for name in profile.companions]
         made_there = [_checked(companion) for companion in companions]
+        chapters = {job.name for job in made if job.config is None}
+        links: dict[str, list[str]] = {}
+        for companion, there in zip(companions, made_there):
+            for job in there:
+                if job.name in chapters:
+                    links.setdefault(job.name, []).append(
+                        f'<a href="{companion.name}/{job.name}.html">`{companion.name}`</a>'
+                    )
+        back = {name: [f'<a href="../{name}.html">`{profile.name}`</a>'] for name in chapters}
         with ThreadPoolExecutor(1) as pool:  # Sphinx is a process with one thread
             inner = [
-                pool.submit(_build_book, companion, there, target / companion.name, within=profile)
+                pool.submit(_build_book, companion, there, target / companion.name, back, within=profile)
                 for companion, there in zip(companions, made_there)
             ]
-            index = _build_book(profile, made, target)
+            index = _build_book(profile, made, target, links)
         for companion, built in zip(companions, inner):
             shutil.copytree(built.result().parent, index.parent / companion.name)
         return index
@@ -726,14 +761,21 @@ def _checked(profile: Profile) -> list[Job]:
     return made
 
 
-def _build_book(profile: Profile, made: list[Job], target: Path, within: Profile | None = None) -> Path:
+def _build_book(
+    profile: Profile, made: list[Job], target: Path, links: dict[str, list[str]], within: Profile | None = None
+) -> Path:
+    """The book of a profile from what it has made; links: chapter -> where other profiles have it; within: whose book this lies in."""
     book, source = profile.root / "book", target / "source"
     shutil.rmtree(source, ignore_errors=True)
     shutil.copytree(book, source, ignore=shutil.ignore_patterns("_build", "*.ipynb", ".ipynb_checkpoints"))
     executed = [job for job in profile.chapters if job in made]
     for job in executed:
         (source / f"{job.name}.md").unlink()
-        shutil.copy(job.output, source / f"{job.name}.ipynb")
+        notebook = nbformat.read(job.output, as_version=4)
+        if job.name in links:
+            told = f"These are the runs of the profile `{profile.name}`. The same chapter for {' and '.join(links[job.name])}."
+            notebook.cells.insert(1, nbformat.v4.new_markdown_cell(f"```{{seealso}}\n{told}\n```"))
+        nbformat.write(notebook, source / f"{job.name}.ipynb")
     for page in source.glob("*.md"):
         if "kernelspec:" in (text := page.read_text()):  # a chapter that this profile does not execute
             title = next(line for line in text.splitlines() if line.startswith("# "))
@@ -921,7 +963,7 @@ def main(arguments: list[str] | None = None) -> int:
         sub.add_argument("--seeds", type=seed_list)
     given = parser.parse_args(arguments)
     if os.environ.get("SRLIB_DATA"):  # notebooks are executed in their own folders
-        os.environ["SRLIB_DATA"] = str(Path(os.environ["SRLIB_DATA"]).absolute())
+        os.environ["SRLIB_DATA"] = str(Path(os.environ["SRLIB_DATA"]).expanduser().absolute())
     try:
         profile = load_profile(given.profile, given.seeds, only=given.name if given.command == "execute" else None)
         if given.command == "book":

@@ -532,6 +532,14 @@ def test_the_book_of_a_companion_lies_within_and_both_lead_to_each_other(project
     assert '<a href="../alone.html">`quick`</a> has' in (target / "other" / "source" / "alone.md").read_text()
     assert "Short run (profile other)" in (target / "other" / "source" / "_config.yml").read_text()
     assert "(profile" not in (target / "source" / "_config.yml").read_text()
+    assert "seealso" not in (target / "source" / "alone.ipynb").read_text()  # the other has no such chapter
+    write_matrix(root, matrix | {"label": "other", "by_priority": True}, "other")
+    both = pipeline.load_profile("other", root=root)
+    pipeline.execute(both.jobs["alone"], both)
+    pipeline.build_book(profile)
+    for source, link in ((target, "other/alone.html"), (target / "other", "../alone.html")):
+        cells = nbformat.read(source / "source" / "alone.ipynb", as_version=4).cells
+        assert "seealso" in cells[1].source and f'<a href="{link}">' in cells[1].source
     other.jobs["reader"].output.write_text("edited")
     monkeypatch.setattr(pipeline.subprocess, "run", None)  # nothing is built before all is checked
     with pytest.raises(pipeline.PipelineError, match=r"reader: .*reader\.ipynb is missing or was edited"):
@@ -546,9 +554,27 @@ def test_a_profile_takes_rows_of_another_with_other_seeds(project):
     first = pipeline.load_profile("quick", root=root).runs[0].config
     assert job.config == dataclasses.replace(first, seed=7)
     assert job.output.parent == root / "papermill_runs" / "again" / f"{first.name}-seed7"
-    write_matrix(root, {"label": "again", "runs_of": taken | {"names": ["else"]}}, "again")
-    with pytest.raises(pipeline.PipelineError, match=r"again\.yaml: runs_of names \['else'\]; the runs of quick are"):
-        pipeline.load_profile("again", root=root)
+    wrong = [
+        ({"runs_of": taken | {"names": ["else"]}}, r"again\.yaml: runs_of names 'else'; the rows of quick are tiny"),
+        ({"runs_of": taken | {"names": [["tiny"]]}}, r"runs_of names \['tiny'\]"),
+        ({"runs_of": taken | {"names": []}}, "runs_of must give profile, names and seeds"),
+        ({"runs_of": taken, "defaults": {"n_updates": 7}}, "stands without runs and defaults"),
+        ({"runs_of": taken | {"profile": "../quick"}}, r"unknown profile '\.\./quick'; there are: again, quick"),
+        ({"runs_of": taken | {"profile": "again"}}, "the rows of again are"),
+        ({"runs_of": taken | {"seeds": [0]}}, "quick trains tiny with seed 0 already; give seeds that are new"),
+        ({"companions": {"else": "what"}, **matrix}, "unknown profile 'else'"),
+        ({"companions": {"quick": 3}, **matrix}, "companions must name other profiles and say what they hold"),
+        ({**matrix, "chapters": [{"notebook": "reader", "needs": [{"a": 1}]}]}, r"needs: \{'a': 1\} must be the name"),
+        ({**matrix, "chapters": [{"notebook": "alone"}] * 2}, "the chapter 'alone' stands there twice"),
+        ({}, "neither runs nor chapters"),
+    ]
+    for entries, message in wrong:
+        write_matrix(root, {"label": "again", **entries}, "again")
+        with pytest.raises(pipeline.PipelineError, match=message):
+            pipeline.load_profile("again", root=root)
+    write_matrix(root, {"label": "again", "runs_of": taken}, "again")
+    with pytest.raises(pipeline.PipelineError, match="trains tiny with seed 0 already"):
+        pipeline.load_profile("again", [0], root=root)
 
 
 def test_a_row_without_seconds_is_estimated_from_those_of_its_updates(project):
