@@ -14,6 +14,7 @@ import os
 import signal
 import sys
 import tempfile
+import threading
 import time
 import traceback
 from collections.abc import Iterable
@@ -25,6 +26,7 @@ from unittest.mock import patch
 import forks
 import numpy as np
 import torch
+from tqdm import tqdm
 
 from srlib import checkpoints, data, experiment, training
 from srlib.data import load
@@ -129,6 +131,9 @@ def attempt(
         status = 1
         try:
             os.close(reading)
+            tqdm.set_lock(
+                threading.RLock()
+            )  # its own is shared by all forks, and lost for good with one that is killed in it
             moments = Moments(last)
             experiment.run(config, output, progress=False)
             os.write(writing, str(moments.passed).encode())
