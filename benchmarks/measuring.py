@@ -63,7 +63,7 @@ FULL = Sizes(
         WIDE: Model((64, 64, 64, 96, 128), (3, 32, 32), 64, 16),  # Table 4 with the latents of the authors' script
         SMALL: Model((8, 16, 32), (1, 28, 28), 16, 7),  # the profile `digits`
     },
-    n_steps={WIDE: 6, SMALL: 25},  # a step of the wide model takes half a second: more rounds tell more than more steps
+    n_steps={WIDE: 6, SMALL: 25},  # steps of the wide model are slow, and more rounds tell more than more steps
     n_steps_on_fewer_threads={WIDE: 3, SMALL: 25},
     batch_size=64,
     rounds=3,

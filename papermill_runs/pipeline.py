@@ -723,13 +723,14 @@ def build_book(profile: Profile) -> Path:
         companions = [load_profile(name, root=profile.root) for name in profile.companions]
         made_there = [_checked(companion) for companion in companions]
         chapters = {job.name for job in made if job.config is None}
-        links: dict[str, list[str]] = {}
-        for companion, there in zip(companions, made_there):
-            for job in there:
-                if job.name in chapters:
-                    links.setdefault(job.name, []).append(
-                        f'<a href="{companion.name}/{job.name}.html">`{companion.name}`</a>'
-                    )
+        links = {
+            name: [
+                f'<a href="{companion.name}/{name}.html">`{companion.name}`</a>'
+                for companion, there in zip(companions, made_there)
+                if any(job.name == name for job in there)
+            ]
+            for name in chapters
+        }
         back = {name: [f'<a href="../{name}.html">`{profile.name}`</a>'] for name in chapters}
         with ThreadPoolExecutor(1) as pool:  # Sphinx is a process with one thread
             inner = [
@@ -772,7 +773,7 @@ def _build_book(
     for job in executed:
         (source / f"{job.name}.md").unlink()
         notebook = nbformat.read(job.output, as_version=4)
-        if job.name in links:
+        if links.get(job.name):
             told = f"These are the runs of the profile `{profile.name}`. The same chapter for {' and '.join(links[job.name])}."
             notebook.cells.insert(1, nbformat.v4.new_markdown_cell(f"```{{seealso}}\n{told}\n```"))
         nbformat.write(notebook, source / f"{job.name}.ipynb")

@@ -131,9 +131,8 @@ def attempt(
         status = 1
         try:
             os.close(reading)
-            tqdm.set_lock(
-                threading.RLock()
-            )  # its own is shared by all forks, and lost for good with one that is killed in it
+            # tqdm's own lock is shared by all forks: one that is killed while it holds it would stop all later ones
+            tqdm.set_lock(threading.RLock())
             moments = Moments(last)
             experiment.run(config, output, progress=False)
             os.write(writing, str(moments.passed).encode())
