@@ -63,13 +63,13 @@ FULL = Sizes(
         WIDE: Model((64, 64, 64, 96, 128), (3, 32, 32), 64, 16),  # Table 4 with the latents of the authors' script
         SMALL: Model((8, 16, 32), (1, 28, 28), 16, 7),  # the profile `digits`
     },
-    n_steps={WIDE: 6, SMALL: 25},  # steps of the wide model are slow, and more rounds tell more than more steps
+    n_steps={WIDE: 4, SMALL: 25},  # steps of the wide model are slow, and more rounds tell more than more steps
     n_steps_on_fewer_threads={WIDE: 3, SMALL: 25},
     batch_size=64,
     rounds=3,
     threads=tuple(sorted({1, CORES})),
-    budget=15.0,
-    contest_rounds=9,
+    budget=10.0,
+    contest_rounds=12,
     contest_budget=60.0,
     matrices=(1024, 2048),
     batches=(1, 4, 16, 64, 256),
