@@ -83,14 +83,17 @@ def chains(name: str, model: Model, sizes: Sizes, threads: int) -> dict[str, Any
     """
     torch.set_num_threads(threads)
     posterior = measuring.posterior(model, sizes.batch_size)
-    most = threads == max(sizes.threads)  # fewer have only to show that they are slower
+    most = threads == max(sizes.threads)  # fewer have only to show that they are slower, and only in the contest
     n_steps = (sizes.n_steps if most else sizes.n_steps_on_fewer_threads)[name]
     slower = bfloat16_slower(model)
     forms = {form: given for form, given in FORMS.items() if "precision" not in given or slower < NOT_WORTH_IT}
     layers = {form: fourier_layers(copy_of(posterior, **given)) for form, given in forms.items()}
     same_as = same_code(layers)
-    forms = {form: given for form, given in forms.items() if form not in same_as}
-    sides = {"plain": lambda: plain(posterior, n_steps), "frozen": lambda: frozen_only(posterior, n_steps)}
+    timed = {same_as.get(form, form) for form in (FORMS if most else CONTEST)}
+    forms = {form: given for form, given in forms.items() if form in timed}
+    same_as = {form: first for form, first in same_as.items() if first in timed}
+    sides = {"plain": lambda: plain(posterior, n_steps)}
+    sides |= {"frozen": lambda: frozen_only(posterior, n_steps)} if most else {}
     sides |= {form: lambda given=given: ours(posterior, n_steps, **given) for form, given in forms.items()}
     budgets = dict.fromkeys(sides, sizes.budget if most else sizes.budget / 3)
     if most:
