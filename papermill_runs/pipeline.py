@@ -745,7 +745,13 @@ def build_book(profile: Profile) -> Path:
 
 def _checked(profile: Profile) -> list[Job]:
     """All jobs that there is a result of, once each has been verified."""
+    benchmarks = profile.root / "benchmarks"
+    for path in (*sorted(benchmarks.glob("measured/*.json")), *benchmarks.glob("dry_run.json")):
+        checkpoints.read_json(path)  # pages show them; an edited one stops the build with its name
     made = [job for job in profile.jobs.values() if not absence(job)]
+    parts = [job.name for job in profile.runs if job not in made and job.output.with_name("metrics.json").exists()]
+    if parts:
+        raise PipelineError(f"of {', '.join(parts)} there are only some files; {profile.command} makes them again")
     without = [job.name for job in made if not job.result.exists()]
     if len(without) == len(made):
         raise PipelineError(f"the profile {profile.name} has no results yet; {profile.command} makes them")
@@ -830,7 +836,9 @@ def verify(job: Job) -> None:
     if not job.output.is_file() or done["notebook"] != provenance.file_hash(job.output):
         raise PipelineError(f"{job.output} is missing or was edited")
     if job.config is not None:
-        experiment.verified_metrics(job.output.parent)
+        metrics, path = experiment.verified_metrics(job.output.parent), job.output.with_name("config.yaml")
+        if path.exists() and json.loads(json.dumps(yaml.safe_load(path.read_text()))) != metrics.get("config"):
+            raise PipelineError(f"{path} is not the configuration that the run was trained with")
 
 
 def with_title(notebook: nbformat.NotebookNode) -> nbformat.NotebookNode:

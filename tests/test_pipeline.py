@@ -171,6 +171,11 @@ def test_edited_or_missing_results_stop_the_book_with_their_name(project, withou
     with pytest.raises(ValueError, match=r"model\.safetensors is missing or not the one"):
         pipeline.verify(run)
     model.write_text("weights")
+    config = run.output.with_name("config.yaml")
+    config.write_text("name: another")
+    with pytest.raises(pipeline.PipelineError, match=r"config\.yaml is not the configuration"):
+        pipeline.verify(run)
+    config.unlink()
     metrics = run.output.with_name("metrics.json")
     metrics.write_text(metrics.read_text().replace("3", "4", 1))
     with pytest.raises(ValueError, match=r"metrics\.json was edited"):
@@ -181,6 +186,22 @@ def test_edited_or_missing_results_stop_the_book_with_their_name(project, withou
     profile.jobs["alone"].output.unlink()
     with pytest.raises(pipeline.PipelineError, match=r"alone\.ipynb is missing"):
         pipeline.verify(profile.jobs["alone"])
+
+
+def test_half_a_run_and_an_edited_measurement_stop_the_book_with_their_name(project, without_kernels):
+    root, matrix = project
+    execute_all(root)
+    write_matrix(root, matrix | {"by_priority": True})  # a run may be missing, but not half of it
+    profile = pipeline.load_profile("quick", root=root)
+    profile.jobs["tiny-seed0"].result.unlink()
+    with pytest.raises(pipeline.PipelineError, match="of tiny-seed0 there are only some files"):
+        pipeline._checked(profile)
+    measured = root / "benchmarks" / "measured" / "peak.json"
+    measured.parent.mkdir(parents=True)
+    checkpoints.write_json(measured, {"seconds": 3})
+    measured.write_text(measured.read_text().replace("3", "4", 1))
+    with pytest.raises(checkpoints.CheckpointError, match=r"peak\.json was edited"):
+        pipeline._checked(profile)
 
 
 def test_the_book_tells_which_results_are_of_older_sources(project, without_kernels, monkeypatch, capsys):
