@@ -837,7 +837,7 @@ def verify(job: Job) -> None:
         raise PipelineError(f"{job.output} is missing or was edited")
     if job.config is not None:
         metrics, path = experiment.verified_metrics(job.output.parent), job.output.with_name("config.yaml")
-        if path.exists() and json.loads(json.dumps(yaml.safe_load(path.read_text()))) != metrics.get("config"):
+        if path.exists() and path.read_text() != yaml.safe_dump(metrics.get("config"), sort_keys=False):
             raise PipelineError(f"{path} is not the configuration that the run was trained with")
 
 
