@@ -45,7 +45,7 @@ import papermill
 import torch
 import yaml
 
-from srlib import checkpoints, data, experiment, provenance, training
+from srlib import checkpoints, claims, data, experiment, provenance, training
 from srlib.comparison import PLUS_MINUS
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -618,11 +618,24 @@ def to_execute(stale: list[Job], chosen: list[Job], profile: Profile) -> list[Jo
     names = {job.name for job in stale}
     while True:
         readers = {job.name for job in chosen if names & set(job.needs)}
-        read = {run for name in names | readers for run in profile.jobs[name].needs}
+        read = {run for name in names | readers for run in may_load(profile.jobs[name], profile, names)}
         added = readers | {run for run in read - names if lacks_weights(profile.jobs[run])}
         if added <= names:
             return [job for job in profile.jobs.values() if job.name in names]
         names |= added
+
+
+def may_load(job: Job, profile: Profile, renewed: set[str]) -> set[str]:
+    """The runs whose weights a chapter may load: all that it reads; of a ledger, those of what was not measured before.
+
+    renewed : names of the jobs that are made before it.
+    """
+    ledger = profile.root / "papermill_runs" / "claims.yaml"
+    if not any(f'"{ledger.name}"' in cell for cell in code_cells(job.notebook.read_text())):
+        return set(job.needs)
+    kept = claims.Kept(profile.folder / "measurements.json")
+    runs = renewed & {run.name for run in profile.runs}
+    return set(job.needs) & claims.to_measure(claims.load_claims(ledger), profile.folder, kept, runs)
 
 
 def lacks_weights(job: Job) -> bool:
@@ -746,8 +759,9 @@ def build_book(profile: Profile) -> Path:
 def _checked(profile: Profile) -> list[Job]:
     """All jobs that there is a result of, once each has been verified."""
     benchmarks = profile.root / "benchmarks"
-    for path in (*sorted(benchmarks.glob("measured/*.json")), *benchmarks.glob("dry_run.json")):
-        checkpoints.read_json(path)  # pages show them; an edited one stops the build with its name
+    shown = (*sorted(benchmarks.glob("measured/*.json")), *benchmarks.glob("dry_run.json"))
+    for path in (*shown, *profile.folder.glob("measurements.json")):
+        checkpoints.read_json(path)  # pages show what is in them; an edited one stops the build with its name
     made = [job for job in profile.jobs.values() if not absence(job)]
     parts = [job.name for job in profile.runs if job not in made and job.output.with_name("metrics.json").exists()]
     if parts:

@@ -21,7 +21,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import srlib
-from srlib import claims, comparison, entropy, plots, step_size
+from srlib import claims, comparison, entropy, evidence, measurements, plots, step_size
 from srlib.brute_force import regular_axes, short_run_density
 from srlib.evaluation import factors, frechet, inpainting, likelihood, mismatch, reconstruction
 from srlib.samplers import hmc, long_run, mala
@@ -1078,7 +1078,7 @@ def layer_effects(c, **given):
     ),
 )
 def over(c, values):
-    found = claims.over(values, "seeds")
+    found = evidence.over(values, "seeds")
     assert found.lower <= found.effect + 1e-12 and found.effect <= found.upper + 1e-12
 
 
@@ -1240,9 +1240,20 @@ OF_RUNS = {
     "cell",
 }
 OF_RUNS |= {"squared_error", "distance_name", "prose", "pictures", "image_reader", *claims.QUANTITIES}
+OF_RUNS |= {
+    "to_measure",
+    "measured",
+    "mean",
+    "mean_of_factors",
+    "mean_over_seeds",
+    "share_of_images",
+    "folders_by_seed",
+    "code_hash",
+    "alike",
+}
 
 
-@pytest.mark.parametrize("module", [inpainting, mismatch, factors, claims, comparison])
+@pytest.mark.parametrize("module", [inpainting, mismatch, factors, claims, comparison, evidence, measurements])
 def test_every_function_of_these_modules_is_here(module):
     own = {name for name, f in vars(module).items() if inspect.isfunction(f) and f.__module__ == module.__name__}
     assert {name for name in own if not name.startswith("_")} - OF_RUNS <= PUBLIC.keys()

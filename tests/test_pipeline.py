@@ -726,6 +726,43 @@ def test_what_reads_a_run_that_is_trained_again_for_its_weights_may_need_others(
     assert [job.name for job in found] == ["tiny-seed0", "shared-seed0", "reader"]
 
 
+def test_a_ledger_has_runs_trained_again_for_what_was_not_measured_before(project, without_kernels, monkeypatch):
+    root, matrix = project
+    matrix["runs"] = [{"name": name} for name in ("tiny", "shared", "other")]
+    matrix["chapters"] = [{"notebook": "reader", "needs": ["tiny", "shared", "other"]}]
+    write_matrix(root, matrix)
+    reader = root / "book" / "reader.md"
+    reader.write_text(reader.read_text() + '\n```{code-cell} ipython3\nledger = "claims.yaml"\n```\n')
+    entry = {
+        "name": "c",
+        "statement": "s",
+        "place": "p",
+        "chapter": "reader",
+        "quantity": "divergence_difference",
+        "below": 0,
+    }
+    ledger = [entry | {"runs": ["tiny", "shared"], "options": {"n_images": 2}}]
+    (root / "papermill_runs" / "claims.yaml").write_text(yaml.safe_dump(ledger))
+    execute_all(root)
+    profile = pipeline.load_profile("quick", root=root)
+    for job in profile.runs:
+        job.output.with_name("model.safetensors").unlink()
+
+    def names(*stale):
+        found = pipeline.to_execute([profile.jobs[name] for name in stale], [*profile.jobs.values()], profile)
+        return [job.name for job in found]
+
+    assert names("reader") == [
+        "tiny-seed0",
+        "shared-seed0",
+        "reader",
+    ]  # nothing is kept; the ledger does not name the third
+    monkeypatch.setattr(pipeline.claims.Kept, "find", lambda *_: [0.1, 0.2])
+    assert names("reader") == ["reader"]
+    assert names("other-seed0") == ["other-seed0", "reader"]
+    assert names("tiny-seed0") == ["tiny-seed0", "shared-seed0", "reader"]  # a pair of which one will be another
+
+
 def test_a_training_begun_by_hand_is_gone_on_with(project, without_kernels):
     """Only the run itself can say whether it fits; what is begun is never removed unsaid."""
     root, _ = project

@@ -1,0 +1,205 @@
+"""What measurements of trainings say of an effect: its size, its interval, and a file that keeps what was measured.
+
+A measurement is a function of one training, or of several with the same seed, that returns values, one per image or a single one. It may
+take minutes and needs weights, which few clones have. So `measured` makes a quantity of it, which takes what `Kept` still has from an
+earlier call with the same runs, options and code, and summarises the values of all seeds as `Evidence`, anew each time.
+"""
+
+from __future__ import annotations
+
+import ast
+import functools
+import hashlib
+import math
+import statistics
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from . import checkpoints, provenance
+from .experiment import verified_metrics
+
+CONFIDENCE = 0.95
+ALIKE = 1e-5  # of the largest: what float32 and sums in another order leave of equal values
+Seeds = Mapping[int, Path]  # seed -> the folder of a run
+Values = list[float]
+
+
+class Evidence(NamedTuple):
+    """An effect and its 95 % interval; of: what the interval is over, such as "3 seeds" or "1000 images"."""
+
+    effect: float
+    lower: float
+    upper: float
+    of: str
+
+
+NO_COMMON_SEED = Evidence(math.nan, -math.inf, math.inf, "no common seed")
+NO_FACTORS = Evidence(math.nan, -math.inf, math.inf, "images without known factors")
+
+
+def alike(values: Sequence[float]) -> bool:
+    """Whether values are the same but for rounding, such as one point of a grid for all seeds: this says nothing about the next one."""
+    return max(values) - min(values) <= ALIKE * max(map(abs, values))
+
+
+def over(values: Sequence[float], of: str) -> Evidence:
+    """The mean of independent values with Student's interval, infinite where they show no spread. of: such as "seeds".
+
+    Raises ValueError unless there is a value, and all are finite numbers.
+    """
+    if isinstance(values, str) or not isinstance(values, Sequence) or not values:
+        raise ValueError(f"values={values!r} must be a sequence of at least one number")
+    if wrong := [v for v in values if isinstance(v, bool) or not isinstance(v, (int, float)) or not math.isfinite(v)]:
+        raise ValueError(f"values hold {wrong[0]!r}; leave out what is no finite number")
+    from scipy.stats import t
+
+    n = len(values)
+    if n == 1 or alike(values):
+        return Evidence(values[0], -math.inf, math.inf, f"{n} {of if n > 1 else of.removesuffix('s')}")
+    effect = statistics.fmean(values)
+    half = statistics.stdev(values) / math.sqrt(n) * float(t(n - 1).ppf(0.5 + CONFIDENCE / 2))
+    return Evidence(effect, effect - half, effect + half, f"{n} {of}")
+
+
+def mean(values: Sequence[Values]) -> Evidence:
+    """The mean over seeds of their means over images; of one seed, whose interval is over images."""
+    if len(values) > 1:
+        return over([statistics.fmean(of_seed) for of_seed in values], "seeds")
+    return over(values[0], "images")._replace(of="1 seed, over images")
+
+
+def mean_of_factors(values: Sequence[Values]) -> Evidence:
+    """The mean over seeds of one value each; images without known factors have none."""
+    return over([value for (value,) in values], "seeds") if all(values) else NO_FACTORS
+
+
+def mean_over_seeds(values: Sequence[Values]) -> Evidence:
+    """The mean over seeds of one value each."""
+    return over([value for (value,) in values], "seeds")
+
+
+def share_of_images(values: Sequence[Values]) -> Evidence:
+    """The share of the images that have a 1 in any of the trainings, with the interval of Clopper and Pearson.
+
+    It is over images, since all trainings see the same ones.
+    """
+    from scipy.stats import beta
+
+    n, found = len(values[0]), sum(map(any, zip(*values, strict=True)))
+    lower = float(beta.ppf(0.5 - CONFIDENCE / 2, found, n - found + 1)) if found else 0.0
+    upper = float(beta.ppf(0.5 + CONFIDENCE / 2, found + 1, n - found)) if found < n else 1.0
+    of = f"{n} images, {len(values)} seeds" if len(values) > 1 else "1 seed, over images"
+    return Evidence(found / n, lower, upper, of)
+
+
+class Kept:
+    """Values that were measured before, in the JSON file `path`, which grows with each measurement that it does not have.
+
+    They are used for the same measurement of the same runs, by the checksums of their results, with the same options and the same code:
+    the measurement's, and that of the modules it reaches. Raises CheckpointError for a file that was edited.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._entries: dict[str, Any] = checkpoints.read_json(path)["entries"] if path.exists() else {}
+
+    def find(
+        self, measure: Callable[..., Values], folders: Sequence[Path], options: Mapping[str, Any]
+    ) -> Values | None:
+        """What is kept of `measure(*folders, **options)`, or None."""
+        entry = self._entries.get(_name(measure, folders, options))
+        return entry["values"] if entry and entry | _origin(measure, folders) == entry else None
+
+    def values(self, measure: Callable[..., Values], folders: Sequence[Path], options: Mapping[str, Any]) -> Values:
+        """`measure(*folders, **options)`, kept or measured now."""
+        found = self.find(measure, folders, options)
+        if found is None:
+            found = measure(*folders, **options)
+            entry = {"values": found, **_origin(measure, folders)}
+            self._entries[_name(measure, folders, options)] = entry
+            checkpoints.write_json(self.path, {"entries": dict(sorted(self._entries.items()))})
+        return found
+
+
+def measured(
+    unit: str, summary: Callable[[Sequence[Values]], Evidence] = mean
+) -> Callable[..., Callable[..., Evidence]]:
+    """A decorator, which makes a quantity of a measurement: a function of runs, each a mapping of seeds to folders, and options.
+
+    The quantity is over the seeds that all of the runs have. It has the attributes `measure`, the function itself, and `unit`.
+    """
+
+    def decorate(measure: Callable[..., Values]) -> Callable[..., Evidence]:
+        @functools.wraps(measure)
+        def quantity(*runs: Seeds, kept: Kept | None = None, **options: Any) -> Evidence:
+            together = folders_by_seed(runs)
+            if not together:
+                return NO_COMMON_SEED
+            if kept is None:
+                return summary([measure(*folders, **options) for folders in together])
+            return summary([kept.values(measure, folders, options) for folders in together])
+
+        quantity.measure, quantity.unit = measure, unit  # type: ignore[attr-defined]
+        return quantity
+
+    return decorate
+
+
+def folders_by_seed(runs: Sequence[Seeds]) -> list[list[Path]]:
+    """The folders of several runs for each seed that all of them have."""
+    shared = sorted(set.intersection(*(set(seeds) for seeds in runs)))
+    return [[seeds[seed] for seeds in runs] for seed in shared]
+
+
+def _name(measure: Callable[..., Values], folders: Sequence[Path], options: Mapping[str, Any]) -> str:
+    told = [f"{name}={value}" for name, value in sorted(options.items())]
+    return f"{measure.__name__}({', '.join([*(folder.name for folder in folders), *told])})"
+
+
+def _origin(measure: Callable[..., Values], folders: Sequence[Path]) -> dict[str, Any]:
+    return {"runs": [verified_metrics(folder)["checksum"] for folder in folders], "code": code_hash(measure)}
+
+
+@functools.cache
+def code_hash(function: Callable[..., Any]) -> str:
+    """The sha256 of a function's code: its own, that of what it names in its module, and the modules of srlib that these reach.
+
+    Like `provenance.source_hash` it is blind to comments, docstrings and formatting, and to decorators too.
+    """
+    path = sys.modules[function.__module__].__file__
+    tree = ast.parse(Path(str(path)).read_text(encoding="utf-8"))
+    defined = {name: node for node in tree.body for name in _defines(node)}
+    reached: dict[str, ast.stmt] = {}
+    waiting = [function.__name__]
+    while waiting:
+        name = waiting.pop()
+        if name in defined and name not in reached:
+            node = reached[name] = defined[name]
+            if isinstance(node, ast.FunctionDef):
+                node.decorator_list = []
+            waiting += [found.id for found in ast.walk(node) if isinstance(found, ast.Name)]
+    body = [node for node in tree.body if node in reached.values()]
+    for node in (found for statement in body for found in ast.walk(statement)):
+        if (
+            isinstance(node, ast.ImportFrom) and node.level
+        ):  # srlib is flat here: what is relative is relative to the package
+            node.module, node.level = ".".join(filter(None, [provenance.PACKAGE, node.module])), 0
+    modules = provenance.notebook_modules([ast.unparse(ast.Module(body, []))])
+    digest = hashlib.sha256(provenance.source_hash(modules).encode())
+    # private, but the same reading of a tree: whatever changes it changes the hashes of all results
+    digest.update(repr([provenance._canonical(node) for node in body]).encode())
+    return digest.hexdigest()
+
+
+def _defines(node: ast.stmt) -> Iterator[str]:
+    """The names that a statement of a module defines."""
+    if isinstance(node, ast.FunctionDef | ast.ClassDef):
+        yield node.name
+    elif isinstance(node, ast.Import | ast.ImportFrom):
+        yield from (alias.asname or alias.name.partition(".")[0] for alias in node.names)
+    elif isinstance(node, ast.Assign):
+        yield from (target.id for target in node.targets if isinstance(target, ast.Name))
+    elif isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
+        yield node.target.id
