@@ -88,6 +88,7 @@ class Profile:
     by_priority: bool = False  # runs start in the order of the matrix; the book shows unfinished ones as such
     root: Path = ROOT
     companions: dict[str, str] = field(default_factory=dict)  # books within this one's: profile -> what it holds
+    rows_of: str = ""  # the profile whose rows these are, with other seeds
 
     @property
     def folder(self) -> Path:
@@ -178,7 +179,8 @@ def load_profile(name: str, seeds: list[int] | None = None, root: Path = ROOT, o
         if companion == name or not isinstance(what, str):
             raise PipelineError(f"{path}: companions must name other profiles and say what they hold, not {companions}")
         _read_matrix(root, companion)
-    return Profile(name, _entry(path, matrix, "label", "", str), jobs, seeds, by_priority, root, companions)
+    rows_of = _entry(path, matrix, "runs_of", {}, dict).get("profile", "")
+    return Profile(name, _entry(path, matrix, "label", "", str), jobs, seeds, by_priority, root, companions, rows_of)
 
 
 def _read_matrix(root: Path, name: Any) -> tuple[Path, dict[str, Any]]:
@@ -272,6 +274,11 @@ def key(job: Job, profile: Profile) -> str:
     systems = frozenset(run.config.system for run in (job, *read) if run.config is not None)
     results = [checkpoints.read_json(run.output.with_name("metrics.json"))["checksum"] for run in read]
     results += [f"{run} diverged" for run in job.needs if diverged(profile.jobs[run])]
+    if profile.rows_of and job.config is None:  # a chapter may show the two side by side
+        there = profile.folder.with_name(profile.rows_of)
+        rows = sorted({run.rpartition("-seed")[0] for run in job.needs})
+        found = [path for row in rows for path in sorted(there.glob(f"{row}-seed*/metrics.json"))]
+        results += [checkpoints.read_json(path)["checksum"] for path in found]
     here = job.notebook.parent
     folders = ("*.yaml", "../papermill_runs/*.yaml", "../benchmarks/measured/*.json", "../README.md")
     tables = [path for folder in folders for path in sorted(here.glob(folder))]

@@ -125,10 +125,13 @@ def load_claims(path: Path) -> list[Claim]:
     return claims
 
 
-def judge(claim: Claim, results: Path, n_images: float = math.inf, kept: Kept | None = None) -> list[Judged]:
-    """The verdict on each case, from the runs in the folder `results` of a profile; for a preview, on `n_images` images at most.
+def judge(claim: Claim, results: Path, at_most: float = math.inf, kept: Kept | None = None) -> list[Judged]:
+    """The verdict on each case, from the runs in the folder `results` of a profile.
 
-    What takes trained systems is measured, unless it is `kept` from an earlier call. Raises ValueError for what is no claim or no folder.
+    at_most : for a preview, of images, and of evaluations in a search; kept : what was measured on trained systems in earlier
+        calls, and is not measured again.
+
+    Raises ValueError for what is no claim or no folder.
     """
     if not isinstance(claim, Claim) or not isinstance(results, Path):
         raise ValueError(f"claim={claim!r} must be a Claim, and results={results!r} a pathlib.Path")
@@ -137,8 +140,7 @@ def judge(claim: Claim, results: Path, n_images: float = math.inf, kept: Kept | 
         runs = [_seeds(results, name) for name in case.runs]
         if all(runs):
             options = {**case.options}
-            if options.get("n_images", 0) > n_images:
-                options["n_images"] = n_images
+            options |= {name: min(options[name], at_most) for name in ("n_images", "n_evaluations") if name in options}
             if claim.quantity in MEASURED:
                 options["kept"] = kept
             evidence = QUANTITIES[claim.quantity](*runs, **options)

@@ -272,12 +272,37 @@ def inpainting_against_fill(folder: Path, n_images: int, hidden: str, fill: str)
     return (hidden_squared_error(x, ours, mask) - hidden_squared_error(x, theirs, mask)).tolist()
 
 
+@measured("MSE")
+def tuned_difference(short: Path, long: Path, n_images: int, n_evaluations: int, n_chosen: int = 8) -> Values:
+    """The squared error of inference by a `Variant` with all its numbers chosen for the first run's model and K, minus the second run's own.
+
+    They are chosen by the KL divergence on `n_chosen` training images (`variants.choose_families`); errors are of test images.
+    """
+    import torch
+
+    from .variants import Variant, choose_families, mean_precision, run_variant
+
+    def seeded(seed: int) -> torch.Generator:
+        return torch.Generator().manual_seed(seed)
+
+    few, system = _posterior(short, min(n_chosen, n_images), "train")
+    precision = mean_precision(few, system.infer(few.x, rng=seeded(0)))
+    start = Variant(float(system.step_size))
+    variant, _ = choose_families(few, start, system.n_steps, precision, 2, n_evaluations)["all of these"]
+    posterior, _ = _posterior(short, n_images)
+    tuned = run_variant(posterior, variant, system.n_steps, precision, rng=seeded(1))[-1]
+    others, longer = _posterior(long, n_images)
+    own = longer.infer(others.x, rng=seeded(1))
+    ours, theirs = (p.residual(e).square().flatten(1).mean(1) for p, e in ((posterior, tuned), (others, own)))
+    return (ours - theirs).tolist()
+
+
 MEASURED: dict[str, Callable[..., Evidence]] = {
     f.__name__: f
     for f in (
         smallest_eigenvalue, folding_share, excess_of_eq_17, start_share, gradient_to_noise, layer_lead, layer_contrast, largest_rise,
         interior_optimum, first_divergence, change_of_divergence, change_of_energy_gap, disagreement_of_long_runs,
-        divergence_difference, residual_left, inpainting_difference, inpainting_against_fill,
+        divergence_difference, residual_left, inpainting_difference, inpainting_against_fill, tuned_difference,
     )
 }  # fmt: skip
 
@@ -307,11 +332,11 @@ def _in_force(folder: Path, system: System, update: int) -> tuple[float, Tensor]
     return sigma, system.step_size * (sigma / system.sigma) ** 2
 
 
-def _posterior(folder: Path, n_images: int) -> tuple[Posterior, System]:
-    """The posterior of the first test images, and the trained system."""
+def _posterior(folder: Path, n_images: int, split: str = "test") -> tuple[Posterior, System]:
+    """The posterior of the first images of a split, and the trained system."""
     from .posterior import Posterior
 
-    system, x = _system(folder, n_images)
+    system, x = _system(folder, n_images, split=split)
     return Posterior(system.generator, x, system.sigma), system
 
 

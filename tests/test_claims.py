@@ -2,12 +2,14 @@
 
 import math
 import statistics
+import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
+import yaml
 
 import srlib
 from srlib import checkpoints, claims, comparison, evidence, measurements
@@ -223,7 +225,7 @@ def linear_run(monkeypatch):
     g = srlib.LinearGenerator(torch.diag(torch.tensor([1.0, 2.0])).double(), torch.zeros(2).double())
     system = SimpleNamespace(generator=g, sigma=1.0, n_steps=4, step_size=0.15)
     images = torch.tensor([[0.5, -1.0], [2.0, 0.3]]).double().reshape(2, 2, 1, 1)
-    monkeypatch.setattr(measurements, "_system", lambda folder, n: (system, images[:n]))
+    monkeypatch.setattr(measurements, "_system", lambda folder, n, **_: (system, images[:n]))
     return {0: Path()}
 
 
@@ -315,7 +317,7 @@ def test_folds_are_found_where_steps_are_long(monkeypatch, wave, s, expected):
     """Curvatures of the wave reach 10 at sigma = 0.5, so that 1 + s H is positive everywhere for 0.01 and has both signs for 0.3."""
     system = SimpleNamespace(generator=wave, sigma=0.5, n_steps=2, step_size=s)
     images = torch.full((3, 1, 1, 1), 0.6).double()
-    monkeypatch.setattr(measurements, "_system", lambda folder, n: (system, images[:n]))
+    monkeypatch.setattr(measurements, "_system", lambda folder, n, **_: (system, images[:n]))
     found = measurements.folding_share({0: Path()}, n_images=3, n_starts=20)
     assert found.effect == expected and found.of == "1 seed, over images"
     assert measurements.folding_share(dict.fromkeys(range(2), Path()), n_images=3, n_starts=20) == found._replace(
@@ -359,6 +361,24 @@ def test_divergences_are_paired_by_image_and_seed(monkeypatch):
     assert measurements.first_divergence(ours, n_images=3).effect == pytest.approx(37.5)
     assert measurements.divergence_difference({5: Path("a")}, theirs, n_images=3).of == "no common seed"
     assert claims.end_of_search({5: Path("a")}, theirs).of == "no common seed"
+
+
+@pytest.mark.parametrize("factor, same", [(1.0, True), (0.5, False)])
+def test_the_numbers_that_were_chosen_are_those_that_infer(linear_run, monkeypatch, factor, same):
+    """Where the run's own step size is chosen, a variant is the run itself, noise by noise."""
+    system, _ = measurements._system(Path(), 1)
+    posterior_of = lambda x: srlib.Posterior(system.generator, x, system.sigma)  # noqa: E731
+    system.infer = lambda x, rng: srlib.short_run(posterior_of(x), system.n_steps, system.step_size, rng=rng).final
+    asked = []
+
+    def choose(few, start, n_steps, precision, seed, n_evaluations):
+        asked.append((len(few), n_steps, n_evaluations))
+        return {"all of these": (srlib.variants.Variant(factor * start.step_size), None)}
+
+    monkeypatch.setattr("srlib.variants.choose_families", choose)
+    runs = {0: Path("a")}, {0: Path("b")}
+    found = measurements.tuned_difference(*runs, n_images=2, n_evaluations=7)
+    assert (found.effect == pytest.approx(0, abs=1e-12)) == same and asked == [(2, 4, 7)]
 
 
 def test_what_is_the_same_after_the_last_update_is_measured_once(monkeypatch):
@@ -478,12 +498,12 @@ def test_fields_that_no_name_has_are_options_and_a_preview_takes_few_images(tmp_
 
     monkeypatch.setitem(claims.QUANTITIES, "seen", quantity)
     write_run(tmp_path, "a-L3")
-    options = {"n_images": 40}
+    options = {"n_images": 40, "n_evaluations": 24}
     made = claim(["a-L{layers}"], cases={"layers": [3], "sigma": [1, 2]}, quantity="seen", options=options)
     claims.judge(made, tmp_path)
     judged = claims.judge(made, tmp_path, 2)
-    assert seen == [{"n_images": n, "sigma": sigma} for n in (40, 2) for sigma in (1, 2)]
-    assert judged[1].case.title == "L = 3, sigma = 2" and options == {"n_images": 40}
+    assert seen == [{"n_images": n, "n_evaluations": min(n, 24), "sigma": sigma} for n in (40, 2) for sigma in (1, 2)]
+    assert judged[1].case.title == "L = 3, sigma = 2" and options == {"n_images": 40, "n_evaluations": 24}
 
 
 @pytest.mark.parametrize(
@@ -517,3 +537,35 @@ def test_the_ledger_names_runs_and_chapters_that_there_are():
         assert (ROOT / "book" / f"{entry.chapter}.md").exists()
         unknown = [run for case in entry.all_cases() for run in case.runs if run not in rows]
         assert not unknown, (entry.name, unknown)
+
+
+def committed(*arguments):
+    """What git says of this repository, in lines; None where there is no history, as in an archive."""
+    told = subprocess.run(["git", "-C", str(ROOT), *arguments], capture_output=True, text=True)
+    return told.stdout.splitlines() if told.returncode == 0 else None
+
+
+def test_what_is_marked_as_foreseen_stood_in_the_ledger_before_its_runs():
+    """With today's quantity, runs and bounds, in a commit that is not that of any run's first results, and earlier."""
+    ledger = "papermill_runs/claims.yaml"
+    if not committed("log", "-1", "--format=%H") or committed("rev-parse", "--is-shallow-repository") == ["true"]:
+        pytest.skip("this copy has no history")
+    foreseen = [entry for entry in claims.load_claims(ROOT / ledger) if entry.foreseen]
+    assert foreseen
+    since = {}  # name -> when today's entry began to stand there, and the commit
+    for line in committed("log", "--reverse", "--format=%ct %H", "--", ledger):
+        entries = {e["name"]: e for e in yaml.safe_load("\n".join(committed("show", f"{line.split()[1]}:{ledger}")))}
+        for entry in foreseen:
+            then = entries.get(entry.name, {})
+            given = {"runs": list(entry.runs), "quantity": entry.quantity, "above": entry.above, "below": entry.below}
+            if all(
+                then.get(name, math.inf if name == "below" else -math.inf) == value for name, value in given.items()
+            ):
+                since.setdefault(entry.name, line.split())
+            else:
+                since.pop(entry.name, None)
+    for entry in foreseen:
+        for name in {run for case in entry.all_cases() for run in case.runs}:
+            places = [f"papermill_runs/{profile}/{name}-seed*/metrics.json" for profile in ("digits", "reference")]
+            first = committed("log", "--reverse", "--diff-filter=A", "--format=%ct %H", "--", *places)[0].split()
+            assert int(since[entry.name][0]) < int(first[0]) and since[entry.name][1] != first[1], (entry.name, name)

@@ -598,6 +598,22 @@ def test_a_profile_takes_rows_of_another_with_other_seeds(project):
         pipeline.load_profile("again", [0], root=root)
 
 
+def test_a_chapter_on_rows_of_another_profile_depends_on_what_they_gave_there(project):
+    root, matrix = project
+    taken = {"profile": "quick", "names": ["tiny"], "seeds": [7]}
+    chapters = [{"notebook": "reader", "needs": ["tiny"]}]
+    write_matrix(root, {"label": "again", "runs_of": taken, "chapters": chapters}, "again")
+    keys = []
+    checkpoints.write_json(root / "papermill_runs" / "again" / "tiny-seed7" / "metrics.json", {"mse": 0.1})
+    for mse in (None, 0.3, 0.4):
+        if mse:
+            checkpoints.write_json(root / "papermill_runs" / "quick" / "tiny-seed0" / "metrics.json", {"mse": mse})
+        profile = pipeline.load_profile("again", root=root)
+        keys.append([pipeline.key(profile.jobs[name], profile) for name in ("reader", "tiny-seed7")])
+    of_chapter, of_run = zip(*keys)
+    assert len(set(of_chapter)) == 3 and len(set(of_run)) == 1
+
+
 def test_a_row_without_seconds_is_estimated_from_those_of_its_updates(project):
     root, _ = project
     config = pipeline.experiment.Config("tiny", n_updates=3, seed=4)
