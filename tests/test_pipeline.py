@@ -603,11 +603,14 @@ def test_a_chapter_on_rows_of_another_profile_depends_on_what_they_gave_there(pr
     taken = {"profile": "quick", "names": ["tiny"], "seeds": [7]}
     chapters = [{"notebook": "reader", "needs": ["tiny"]}]
     write_matrix(root, {"label": "again", "runs_of": taken, "chapters": chapters}, "again")
+    here, there = (root / "papermill_runs" / name / "metrics.json" for name in ("again/tiny-seed7", "quick/tiny-seed0"))
+    for path in (here, there):
+        path.parent.mkdir(parents=True)
+    checkpoints.write_json(here, {"mse": 0.1})
     keys = []
-    checkpoints.write_json(root / "papermill_runs" / "again" / "tiny-seed7" / "metrics.json", {"mse": 0.1})
     for mse in (None, 0.3, 0.4):
         if mse:
-            checkpoints.write_json(root / "papermill_runs" / "quick" / "tiny-seed0" / "metrics.json", {"mse": mse})
+            checkpoints.write_json(there, {"mse": mse})
         profile = pipeline.load_profile("again", root=root)
         keys.append([pipeline.key(profile.jobs[name], profile) for name in ("reader", "tiny-seed7")])
     of_chapter, of_run = zip(*keys)
