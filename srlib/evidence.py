@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from . import checkpoints, provenance
-from .experiment import verified_metrics
+from .experiment import has_weights, verified_metrics
 
 CONFIDENCE = 0.95
 ALIKE = 1e-5  # of the largest: what float32 and sums in another order leave of equal values
@@ -36,6 +36,7 @@ class Evidence(NamedTuple):
 
 
 NO_COMMON_SEED = Evidence(math.nan, -math.inf, math.inf, "no common seed")
+NO_WEIGHTS = Evidence(math.nan, -math.inf, math.inf, "runs without their weights")
 NO_FACTORS = Evidence(math.nan, -math.inf, math.inf, "images without known factors")
 
 
@@ -128,7 +129,8 @@ def measured(
 ) -> Callable[..., Callable[..., Evidence]]:
     """A decorator, which makes a quantity of a measurement: a function of runs, each a mapping of seeds to folders, and options.
 
-    The quantity is over the seeds that all of the runs have. It has the attributes `measure`, the function itself, and `unit`.
+    The quantity is over the seeds that all of the runs have; nothing is told where one has to be measured and is here without its weights.
+    It has the attributes `measure`, the function itself, and `unit`.
     """
 
     def decorate(measure: Callable[..., Values]) -> Callable[..., Evidence]:
@@ -139,6 +141,8 @@ def measured(
                 return NO_COMMON_SEED
             if kept is None:
                 return summary([measure(*folders, **options) for folders in together])
+            if any(kept.find(measure, f, options) is None and not all(map(has_weights, f)) for f in together):
+                return NO_WEIGHTS
             return summary([kept.values(measure, folders, options) for folders in together])
 
         quantity.measure, quantity.unit = measure, unit  # type: ignore[attr-defined]

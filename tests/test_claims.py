@@ -483,6 +483,11 @@ def test_what_was_measured_is_kept_until_run_options_or_code_change(tmp_path, mo
     assert measured_again() == 3 and measured_again() == 0
     monkeypatch.setattr(evidence, "code_hash", lambda measure: "other")
     assert measured_again() == 3
+    monkeypatch.setattr(evidence, "has_weights", lambda folder: folder.name != "a-seed1")
+    assert measured_again() == 0  # what is kept needs none
+    made = claim(["a"], quantity="counted", options={"n_images": 6})
+    (judged,) = claims.judge(made, tmp_path, kept=evidence.Kept(tmp_path / "measurements.json"))
+    assert (judged.verdict, judged.evidence.of) == (NOT_MEASURABLE, "runs without their weights")
     path = tmp_path / "measurements.json"
     path.write_text(path.read_text().replace("2.0", "1.0", 1))
     with pytest.raises(checkpoints.CheckpointError, match="measurements.json was edited"):

@@ -599,7 +599,7 @@ def test_a_profile_takes_rows_of_another_with_other_seeds(project):
 
 
 def test_a_chapter_on_rows_of_another_profile_depends_on_what_they_gave_there(project):
-    root, matrix = project
+    root, _ = project
     taken = {"profile": "quick", "names": ["tiny"], "seeds": [7]}
     chapters = [{"notebook": "reader", "needs": ["tiny"]}]
     write_matrix(root, {"label": "again", "runs_of": taken, "chapters": chapters}, "again")
