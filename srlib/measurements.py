@@ -276,19 +276,21 @@ def inpainting_against_fill(folder: Path, n_images: int, hidden: str, fill: str)
 def tuned_difference(short: Path, long: Path, n_images: int, n_evaluations: int, n_chosen: int = 8) -> Values:
     """The squared error of inference by a `Variant` with all its numbers chosen for the first run's model and K, minus the second run's own.
 
-    They are chosen by the KL divergence on `n_chosen` training images (`variants.choose_families`); errors are of test images.
+    They are chosen by the KL divergence on `n_chosen` training images: the step size, then all of them from there, with
+    `n_evaluations` each at most (`variants.choose_variant`). Errors are of test images.
     """
     import torch
 
-    from .variants import Variant, choose_families, mean_precision, run_variant
+    from .variants import Variant, choose_variant, mean_precision, run_variant
 
     def seeded(seed: int) -> torch.Generator:
         return torch.Generator().manual_seed(seed)
 
     few, system = _posterior(short, min(n_chosen, n_images), "train")
     precision = mean_precision(few, system.infer(few.x, rng=seeded(0)))
-    start = Variant(float(system.step_size))
-    variant, _ = choose_families(few, start, system.n_steps, precision, 2, n_evaluations)["all of these"]
+    variant = Variant(float(system.step_size))
+    for free in (("step_size",), ("step_size", "ratio", "momentum", "heat", "power")):
+        variant, _ = choose_variant(few, variant, free, system.n_steps, precision, seeded(2), n_evaluations)
     posterior, _ = _posterior(short, n_images)
     tuned = run_variant(posterior, variant, system.n_steps, precision, rng=seeded(1))[-1]
     others, longer = _posterior(long, n_images)

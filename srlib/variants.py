@@ -14,7 +14,7 @@ random numbers to e_K is linearised, S is its covariance, and log q(e_K) = -1/2 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -209,49 +209,6 @@ def choose_variant(
     )
     best = variant_at(found.x)
     return best, objective(best)
-
-
-# Which numbers are chosen together; all of them last, since a family begins where those within it ended
-FAMILIES = {
-    "one step size": ("step_size",),
-    "schedule": ("step_size", "ratio"),
-    "momentum": ("step_size", "momentum"),
-    "preconditioner": ("step_size", "power"),
-    "heat": ("step_size", "heat"),
-    "all of these": ("step_size", "ratio", "momentum", "heat", "power"),
-}
-
-
-def choose_families(
-    posterior: Posterior,
-    start: Variant,
-    n_steps: int,
-    precision: Tensor | None = None,
-    seed: int = 0,
-    n_evaluations: int = 24,
-    families: Mapping[str, Sequence[str]] = FAMILIES,
-) -> dict[str, tuple[Variant, Tensor]]:
-    """For each family the variant with the lowest mean objective, and its objective [n]; see `choose_variant`.
-
-    A family begins where the best of those that it contains ended, and can only gain. All have the same random numbers.
-
-    n_evaluations : of the objective, for each number that is chosen beside the first.
-    """
-    chosen: dict[str, tuple[Variant, Tensor]] = {}
-    for family, free in families.items():
-        within = [found for other, found in chosen.items() if {*families[other]} < {*free}]
-        known = min(within, key=lambda found: found[1].mean(), default=None)
-        found = choose_variant(
-            posterior,
-            known[0] if known else start,
-            free,
-            n_steps,
-            precision,
-            torch.Generator().manual_seed(seed),
-            n_evaluations * max(1, len(free) - 1),
-        )
-        chosen[family] = known if known and known[1].mean() < found[1].mean() else found
-    return chosen
 
 
 def _roots(variant: Variant, n_steps: int, precision: Tensor | None, e: Tensor) -> tuple[Tensor, list[float]]:

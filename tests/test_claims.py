@@ -371,14 +371,14 @@ def test_the_numbers_that_were_chosen_are_those_that_infer(linear_run, monkeypat
     system.infer = lambda x, rng: srlib.short_run(posterior_of(x), system.n_steps, system.step_size, rng=rng).final
     asked = []
 
-    def choose(few, start, n_steps, precision, seed, n_evaluations):
-        asked.append((len(few), n_steps, n_evaluations))
-        return {"all of these": (srlib.variants.Variant(factor * start.step_size), None)}
+    def choose(few, start, free, n_steps, precision, rng, n_evaluations):
+        asked.append((len(few), n_steps, n_evaluations, len(free)))
+        return srlib.variants.Variant(factor**0.5 * start.step_size), None
 
-    monkeypatch.setattr("srlib.variants.choose_families", choose)
+    monkeypatch.setattr("srlib.variants.choose_variant", choose)
     runs = {0: Path("a")}, {0: Path("b")}
     found = measurements.tuned_difference(*runs, n_images=2, n_evaluations=7)
-    assert (found.effect == pytest.approx(0, abs=1e-12)) == same and asked == [(2, 4, 7)]
+    assert (found.effect == pytest.approx(0, abs=1e-12)) == same and asked == [(2, 4, 7, 1), (2, 4, 7, 5)]
 
 
 def test_what_is_the_same_after_the_last_update_is_measured_once(monkeypatch):

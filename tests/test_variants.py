@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import srlib
-from srlib.variants import Variant, choose_families, choose_variant, mean_precision, run_variant, variant_objective
+from srlib.variants import Variant, choose_variant, mean_precision, run_variant, variant_objective
 
 EVERYTHING = Variant(2e-3, ratio=3.0, momentum=0.6, heat=2.0, power=0.5)
 
@@ -85,21 +85,6 @@ def test_momentum_lowers_the_divergence_of_a_thin_posterior(linear):
     by_one, by_two = (variant_objective(many, v, 12, rng=seeded(5)) for v in (one, two))
     gain = by_one - by_two
     assert gain.mean() > 4 * gain.std() / len(gain) ** 0.5
-
-
-def test_a_family_is_never_worse_than_those_it_contains(linear):
-    families = {
-        "s": ["step_size"],
-        "a": ["step_size", "momentum"],
-        "heat": ["step_size", "heat"],
-        "all": ["step_size", "momentum", "heat"],
-    }
-    found = choose_families(linear.repeated(4), Variant(1e-3), 6, n_evaluations=5, families=families)
-    means = {family: objective.mean() for family, (_, objective) in found.items()}
-    assert means["all"] <= min(means["a"], means["heat"]) and max(means["a"], means["heat"]) <= means["s"]
-    assert found["s"][0].momentum == 0 and found["a"][0].heat == 1
-    one, objective = choose_variant(linear.repeated(4), Variant(1e-3), ["step_size"], 6, None, seeded(0), 5)
-    assert found["s"][0] == one and torch.equal(found["s"][1], objective)
 
 
 def test_the_chosen_step_size_is_the_best_of_the_closed_form(linear):
