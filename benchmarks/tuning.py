@@ -10,7 +10,6 @@ Rates that stand in the file already are not tried again: remove the file to beg
 
 from __future__ import annotations
 
-import json
 import sys
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ import torch
 import yaml
 
 import srlib
+from srlib import checkpoints
 from srlib.evaluation.reconstruction import reconstructions, squared_error
 from srlib.experiment import Config
 
@@ -67,14 +67,16 @@ def main(systems: list[str]) -> None:
     torch.set_num_threads(1)
     dataset = srlib.load("digits")
     for system in systems or list(ROWS):
-        known = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+        known = checkpoints.read_json(RESULTS)["systems"] if RESULTS.exists() else {}
         scores = {
             k: float(v) if v != "diverged" else float("inf")
             for k, v in known.get(system, {}).get("by_learning_rate", {}).items()
         }
         scores |= {f"{rate:g}": validation_score(system, rate, dataset) for rate in RATES if f"{rate:g}" not in scores}
         best = min(scores, key=scores.get)
-        known = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}  # another process may have written
+        known = (
+            checkpoints.read_json(RESULTS)["systems"] if RESULTS.exists() else {}
+        )  # another process may have written
         known[system] = {
             "n_updates": N_UPDATES,
             "n_images": len(dataset.validation.images),
@@ -82,7 +84,7 @@ def main(systems: list[str]) -> None:
             "by_learning_rate": {k: v if v < float("inf") else "diverged" for k, v in scores.items()},
             "learning_rates": learning_rates(float(best)),
         }
-        RESULTS.write_text(json.dumps(known, indent=1, sort_keys=True) + "\n")
+        checkpoints.write_json(RESULTS, {"systems": dict(sorted(known.items()))})
         print(system, known[system], flush=True)
 
 

@@ -280,7 +280,13 @@ def key(job: Job, profile: Profile) -> str:
         found = [path for row in rows for path in sorted(there.glob(f"{row}-seed*/metrics.json"))]
         results += [checkpoints.read_json(path)["checksum"] for path in found]
     here = job.notebook.parent
-    folders = ("*.yaml", "../papermill_runs/*.yaml", "../benchmarks/measured/*.json", "../README.md")
+    folders = (
+        "*.yaml",
+        "../papermill_runs/*.yaml",
+        "../benchmarks/*.json",
+        "../benchmarks/measured/*.json",
+        "../README.md",
+    )
     tables = [path for folder in folders for path in sorted(here.glob(folder))]
     # a file is read by its name, or, with what follows its first hyphen left open, as "peak-*.json"
     quoted = {path: (f'"{path.name}"', f'"{path.stem.split("-")[0]}-*{path.suffix}"') for path in tables}
@@ -766,7 +772,7 @@ def build_book(profile: Profile) -> Path:
 def _checked(profile: Profile) -> list[Job]:
     """All jobs that there is a result of, once each has been verified."""
     benchmarks = profile.root / "benchmarks"
-    shown = (*sorted(benchmarks.glob("measured/*.json")), *benchmarks.glob("dry_run.json"))
+    shown = [path for name in ("dry_run", "tuning", "measured/*") for path in sorted(benchmarks.glob(f"{name}.json"))]
     for path in (*shown, *profile.folder.glob("measurements.json")):
         checkpoints.read_json(path)  # pages show what is in them; an edited one stops the build with its name
     made = [job for job in profile.jobs.values() if not absence(job)]

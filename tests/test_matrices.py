@@ -1,7 +1,6 @@
 """The run matrices: every row can be built, is named by the rule, and stands where the paper's tables need it."""
 
 import functools
-import json
 import math
 import re
 import sys
@@ -144,7 +143,7 @@ def test_learning_rates_of_the_digits_matrix_are_those_tuned_on_validation_image
     sys.path.insert(0, str(ROOT / "benchmarks"))
     import tuning
 
-    results = json.loads(tuning.RESULTS.read_text())
+    results = checkpoints.read_json(tuning.RESULTS)["systems"]
     assert set(results) == set(tuning.ROWS) == {c.system for c in rows("digits").values()}
     for system, found in results.items():
         scores = {float(rate): score for rate, score in found["by_learning_rate"].items()}

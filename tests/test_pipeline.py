@@ -196,12 +196,14 @@ def test_half_a_run_and_an_edited_measurement_stop_the_book_with_their_name(proj
     profile.jobs["tiny-seed0"].result.unlink()
     with pytest.raises(pipeline.PipelineError, match="of tiny-seed0 there are only some files"):
         pipeline._checked(profile)
-    measured = root / "benchmarks" / "measured" / "peak.json"
-    measured.parent.mkdir(parents=True)
-    checkpoints.write_json(measured, {"seconds": 3})
-    measured.write_text(measured.read_text().replace("3", "4", 1))
-    with pytest.raises(checkpoints.CheckpointError, match=r"peak\.json was edited"):
-        pipeline._checked(profile)
+    for name in ("benchmarks/measured/peak.json", "benchmarks/tuning.json", "papermill_runs/quick/measurements.json"):
+        measured = root / name
+        measured.parent.mkdir(parents=True, exist_ok=True)
+        checkpoints.write_json(measured, {"seconds": 3})
+        measured.write_text(measured.read_text().replace("3", "4", 1))
+        with pytest.raises(checkpoints.CheckpointError, match=f"{measured.name} was edited"):
+            pipeline._checked(profile)
+        measured.unlink()
 
 
 def test_the_book_tells_which_results_are_of_older_sources(project, without_kernels, monkeypatch, capsys):
