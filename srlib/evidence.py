@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from . import checkpoints, provenance
-from .experiment import has_weights, verified_metrics
+from .experiment import WEIGHTS, has_weights, verified_metrics
 
 CONFIDENCE = 0.95
 ALIKE = 1e-5  # of the largest: what float32 and sums in another order leave of equal values
@@ -98,8 +98,8 @@ def share_of_images(values: Sequence[Values]) -> Evidence:
 class Kept:
     """Values that were measured before, in the JSON file `path`, which grows with each measurement that it does not have.
 
-    They are used for the same measurement of the same runs, by the checksums of their results, with the same options and the same code:
-    the measurement's, and that of the modules it reaches. Raises CheckpointError for a file that was edited.
+    They are used for the same measurement of the same configurations and weights, with the same options and the same code: the
+    measurement's, and that of the modules it reaches. Raises CheckpointError for a file that was edited.
     """
 
     def __init__(self, path: Path) -> None:
@@ -163,7 +163,14 @@ def _name(measure: Callable[..., Values], folders: Sequence[Path], options: Mapp
 
 
 def _origin(measure: Callable[..., Values], folders: Sequence[Path]) -> dict[str, Any]:
-    return {"runs": [verified_metrics(folder)["checksum"] for folder in folders], "code": code_hash(measure)}
+    return {"systems": [_trained(folder) for folder in folders], "code": code_hash(measure)}
+
+
+def _trained(folder: Path) -> str:
+    """A hash of what a run trained: its configuration and weights. Scores, times and marks may change."""
+    metrics = verified_metrics(folder)
+    weights = {name: written for name, written in metrics["files"].items() if name.endswith(WEIGHTS)}
+    return checkpoints.checksum({"config": metrics["config"], "weights": weights})
 
 
 @functools.cache

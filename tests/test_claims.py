@@ -473,10 +473,11 @@ def test_what_was_measured_is_kept_until_run_options_or_code_change(tmp_path, mo
         return counted.calls - before
 
     assert measured_again() == 2 and measured_again() == 0
-    record = checkpoints.read_json(tmp_path / "a-seed1" / "metrics.json")
-    del record["checksum"]
-    checkpoints.write_json(tmp_path / "a-seed1" / "metrics.json", record | {"seconds": {"training": 1.0}})
-    assert measured_again() == 1
+    for changed, n in ({"scores": {"mse": 0.02}}, 0), ({"config": {"seed": 1, "n_steps": 3}}, 1), ({"files": {}}, 1):
+        record = checkpoints.read_json(tmp_path / "a-seed1" / "metrics.json")
+        del record["checksum"]
+        checkpoints.write_json(tmp_path / "a-seed1" / "metrics.json", record | changed)
+        assert measured_again() == n
     write_run(tmp_path, "a", seed=2)
     assert measured_again() == 1  # of the new seed alone
     made = claim(["a"], quantity="counted", options={"n_images": 5})
