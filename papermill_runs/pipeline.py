@@ -95,6 +95,10 @@ class Profile:
         return self.root / "papermill_runs" / self.name
 
     @property
+    def ledger(self) -> Path:
+        return self.root / "papermill_runs" / "claims.yaml"
+
+    @property
     def command(self) -> str:
         """What makes the results of this profile."""
         seeds = f" SEEDS={','.join(map(str, self.seeds))}" if self.seeds is not None else ""
@@ -279,6 +283,12 @@ def key(job: Job, profile: Profile) -> str:
         rows = sorted({run.rpartition("-seed")[0] for run in job.needs})
         found = [path for row in rows for path in sorted(there.glob(f"{row}-seed*/metrics.json"))]
         results += [checkpoints.read_json(path)["checksum"] for path in found]
+    if job.config is None and is_ledger(
+        job, profile
+    ):  # it says what it could not measure, and is to be made again when it can
+        results += [
+            f"{run} has no weights" for run in sorted(may_load(job, profile, set())) if not loadable(profile.jobs[run])
+        ]
     here = job.notebook.parent
     folders = (
         "*.yaml",
@@ -643,23 +653,31 @@ def may_load(job: Job, profile: Profile, renewed: set[str]) -> set[str]:
 
     renewed : names of the jobs that are made before it.
     """
-    ledger = profile.root / "papermill_runs" / "claims.yaml"
-    if not any(f'"{ledger.name}"' in cell for cell in code_cells(job.notebook.read_text())):
+    if not is_ledger(job, profile):
         return set(job.needs)
     kept = claims.Kept(profile.folder / "measurements.json")
     runs = renewed & {run.name for run in profile.runs}
-    return set(job.needs) & claims.to_measure(claims.load_claims(ledger), profile.folder, kept, runs)
+    return set(job.needs) & claims.to_measure(claims.load_claims(profile.ledger), profile.folder, kept, runs)
+
+
+def is_ledger(job: Job, profile: Profile) -> bool:
+    """Whether a chapter judges the claims."""
+    return any(f'"{profile.ledger.name}"' in cell for cell in code_cells(job.notebook.read_text()))
 
 
 def lacks_weights(job: Job) -> bool:
     """Whether a finished run is here without its weights, or with files it did not write, and its images to train it again."""
-    if job.config is None or not job.result.exists():
+    if job.config is None or not job.result.exists() or loadable(job):
         return False
+    return images_are_here(job.config.dataset, os.environ.get("SRLIB_DATA"))
+
+
+def loadable(job: Job) -> bool:
+    """Whether a run is here whole, with its weights."""
     try:
-        whole = experiment.has_weights(job.output.parent)
+        return experiment.has_weights(job.output.parent)
     except (checkpoints.CheckpointError, OSError):
-        whole = False
-    return not whole and images_are_here(job.config.dataset, os.environ.get("SRLIB_DATA"))
+        return False
 
 
 @functools.cache  # reading a dataset takes seconds, and dozens of runs share it

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from . import checkpoints, comparison
-from .evidence import CONFIDENCE, NO_COMMON_SEED, Evidence, Kept, Seeds, alike, folders_by_seed, over
+from .evidence import ALIKE, CONFIDENCE, NO_COMMON_SEED, Evidence, Kept, Seeds, alike, folders_by_seed, over
 from .experiment import verified_metrics
 from .measurements import MEASURED
 
@@ -72,6 +72,9 @@ class Claim:
             raise ValueError(
                 f"claim {self.name}: quantity={self.quantity!r} is unknown; there are: {', '.join(QUANTITIES)}"
             )
+        for bound, value in (("above", self.above), ("below", self.below)):
+            if isinstance(value, bool) or not isinstance(value, (int, float)):
+                raise ValueError(f"claim {self.name}: {bound}={value!r} must be a number")
         if not self.above < self.below or (self.above == -math.inf and self.below == math.inf):
             raise ValueError(
                 f"claim {self.name}: nothing is between above={self.above} and below={self.below}, or everything"
@@ -167,14 +170,19 @@ def to_measure(claims: Sequence[Claim], results: Path, kept: Kept, renewed: Coll
         own = [folder for folder in fresh if folder.name.rpartition("-seed")[0] == name]
         return _seeds(results, name) | {int(folder.name.rpartition("-seed")[2]): folder for folder in own}
 
+    def is_kept(claim: Claim, case: Case, folders: list[Path]) -> bool:
+        try:
+            return kept.find(MEASURED[claim.quantity].measure, folders, case.options) is not None
+        except checkpoints.CheckpointError:  # a damaged run, which is to be made again
+            return False
+
     return {
         folder.name
         for claim in claims
         if claim.quantity in MEASURED
         for case in claim.all_cases()
         for folders in folders_by_seed([seeds(name) for name in case.runs])
-        if any(folder in fresh for folder in folders)
-        or kept.find(MEASURED[claim.quantity].measure, folders, case.options) is None
+        if any(folder in fresh for folder in folders) or not is_kept(claim, case, folders)
         for folder in folders
     }
 
@@ -237,7 +245,8 @@ def score_difference(ours: Seeds, *theirs: Seeds, score: str, source: str = "pri
         return Evidence(math.nan, -math.inf, math.inf, "no scores")
     best = min(others, key=lambda found: found.value)
     gap, n_pairs = comparison.gap(first, best), len(first.by_seed.keys() & best.by_seed.keys())
-    half = gap.decisive * gap.standard_error
+    # without an error, or with seeds that differ alike but for rounding, nothing is said about another training
+    half = gap.decisive * gap.standard_error if gap.standard_error > ALIKE * abs(gap.value) else math.inf
     fewer, more = sorted((first.n_seeds, best.n_seeds))
     unpaired = "1 seed, over images" if more == 1 else f"{fewer} seed{'s' * (fewer > 1)} against {more}"
     of = f"{n_pairs} seeds" if n_pairs > 1 else unpaired
@@ -303,9 +312,9 @@ QUANTITIES: dict[str, Callable[..., Evidence]] = {f.__name__: f for f in UNITS} 
 def _seeds(results: Path, name: str) -> dict[int, Path]:
     """Seed -> folder of the finished runs with this name."""
     found = {
-        int(path.parent.name.rpartition("-seed")[2]): path.parent for path in results.glob(f"{name}-seed*/metrics.json")
+        path.parent.name.rpartition("-seed")[2]: path.parent for path in results.glob(f"{name}-seed*/metrics.json")
     }
-    return dict(sorted(found.items()))
+    return {int(seed): found[seed] for seed in sorted(found, key=lambda seed: (len(seed), seed)) if seed.isdecimal()}
 
 
 def _title(field: str, value: object) -> str:

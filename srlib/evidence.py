@@ -10,6 +10,7 @@ from __future__ import annotations
 import ast
 import functools
 import hashlib
+import itertools
 import math
 import statistics
 import sys
@@ -19,6 +20,7 @@ from typing import Any, NamedTuple
 
 from . import checkpoints, provenance
 from .experiment import WEIGHTS, has_weights, verified_metrics
+from .experiment import modules as modules_of_system
 
 CONFIDENCE = 0.95
 ALIKE = 1e-5  # of the largest: what float32 and sums in another order leave of equal values
@@ -37,6 +39,7 @@ class Evidence(NamedTuple):
 
 NO_COMMON_SEED = Evidence(math.nan, -math.inf, math.inf, "no common seed")
 NO_WEIGHTS = Evidence(math.nan, -math.inf, math.inf, "runs without their weights")
+NOT_FINITE = Evidence(math.nan, -math.inf, math.inf, "values that are no finite numbers")
 NO_FACTORS = Evidence(math.nan, -math.inf, math.inf, "images without known factors")
 
 
@@ -82,29 +85,36 @@ def mean_over_seeds(values: Sequence[Values]) -> Evidence:
 
 
 def share_of_images(values: Sequence[Values]) -> Evidence:
-    """The share of the images that have a 1 in any of the trainings, with the interval of Clopper and Pearson.
+    """The share of the images that have a 1 and no 0, its mean over seeds.
 
-    It is over images, since all trainings see the same ones.
+    The interval holds those of Clopper and Pearson, over images, of all seeds: equal shares would have none over seeds.
     """
     from scipy.stats import beta
 
-    n, found = len(values[0]), sum(map(any, zip(*values, strict=True)))
-    lower = float(beta.ppf(0.5 - CONFIDENCE / 2, found, n - found + 1)) if found else 0.0
-    upper = float(beta.ppf(0.5 + CONFIDENCE / 2, found + 1, n - found)) if found < n else 1.0
+    n, found = len(values[0]), [int(sum(of_seed)) for of_seed in values]
+    low, high = min(found), max(found)
+    lower = float(beta.ppf(0.5 - CONFIDENCE / 2, low, n - low + 1)) if low else 0.0
+    upper = float(beta.ppf(0.5 + CONFIDENCE / 2, high + 1, n - high)) if high < n else 1.0
     of = f"{n} images, {len(values)} seeds" if len(values) > 1 else "1 seed, over images"
-    return Evidence(found / n, lower, upper, of)
+    return Evidence(statistics.fmean(found) / n, lower, upper, of)
 
 
 class Kept:
     """Values that were measured before, in the JSON file `path`, which grows with each measurement that it does not have.
 
     They are used for the same measurement of the same configurations and weights, with the same options and the same code: the
-    measurement's, and that of the modules it reaches. Raises CheckpointError for a file that was edited.
+    measurement's, that of the systems, and that of the modules both reach. Raises CheckpointError for a file that was edited.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._entries: dict[str, Any] = checkpoints.read_json(path)["entries"] if path.exists() else {}
+        self._entries = self._read()
+
+    def _read(self) -> dict[str, Any]:
+        found = checkpoints.read_json(self.path).get("entries") if self.path.exists() else {}
+        if not isinstance(found, dict):
+            raise checkpoints.CheckpointError(f"{self.path} holds no measurements; delete it")
+        return found
 
     def find(
         self, measure: Callable[..., Values], folders: Sequence[Path], options: Mapping[str, Any]
@@ -114,13 +124,15 @@ class Kept:
         return entry["values"] if entry and entry | _origin(measure, folders) == entry else None
 
     def values(self, measure: Callable[..., Values], folders: Sequence[Path], options: Mapping[str, Any]) -> Values:
-        """`measure(*folders, **options)`, kept or measured now."""
+        """`measure(*folders, **options)`, kept or measured now; what JSON cannot hold, an infinity, is not kept."""
         found = self.find(measure, folders, options)
         if found is None:
             found = measure(*folders, **options)
-            entry = {"values": found, **_origin(measure, folders)}
-            self._entries[_name(measure, folders, options)] = entry
-            checkpoints.write_json(self.path, {"entries": dict(sorted(self._entries.items()))})
+            if all(map(math.isfinite, found)):
+                entry = {"values": found, **_origin(measure, folders)}
+                # another process may have measured something else meanwhile
+                self._entries = self._read() | {_name(measure, folders, options): entry}
+                checkpoints.write_json(self.path, {"entries": dict(sorted(self._entries.items()))})
         return found
 
 
@@ -140,10 +152,12 @@ def measured(
             if not together:
                 return NO_COMMON_SEED
             if kept is None:
-                return summary([measure(*folders, **options) for folders in together])
-            if any(kept.find(measure, f, options) is None and not all(map(has_weights, f)) for f in together):
+                values = [measure(*folders, **options) for folders in together]
+            elif any(kept.find(measure, f, options) is None and not all(map(has_weights, f)) for f in together):
                 return NO_WEIGHTS
-            return summary([kept.values(measure, folders, options) for folders in together])
+            else:
+                values = [kept.values(measure, folders, options) for folders in together]
+            return summary(values) if all(map(math.isfinite, itertools.chain(*values))) else NOT_FINITE
 
         quantity.measure, quantity.unit = measure, unit  # type: ignore[attr-defined]
         return quantity
@@ -158,12 +172,13 @@ def folders_by_seed(runs: Sequence[Seeds]) -> list[list[Path]]:
 
 
 def _name(measure: Callable[..., Values], folders: Sequence[Path], options: Mapping[str, Any]) -> str:
-    told = [f"{name}={value}" for name, value in sorted(options.items())]
+    told = [f"{name}={value!r}" for name, value in sorted(options.items())]
     return f"{measure.__name__}({', '.join([*(folder.name for folder in folders), *told])})"
 
 
 def _origin(measure: Callable[..., Values], folders: Sequence[Path]) -> dict[str, Any]:
-    return {"systems": [_trained(folder) for folder in folders], "code": code_hash(measure)}
+    systems = frozenset(verified_metrics(folder)["config"]["system"] for folder in folders)
+    return {"systems": [_trained(folder) for folder in folders], "code": code_hash(measure, systems)}
 
 
 def _trained(folder: Path) -> str:
@@ -174,30 +189,34 @@ def _trained(folder: Path) -> str:
 
 
 @functools.cache
-def code_hash(function: Callable[..., Any]) -> str:
+def code_hash(function: Callable[..., Any], systems: frozenset[str] = frozenset()) -> str:
     """The sha256 of a function's code: its own, that of what it names in its module, and the modules of srlib that these reach.
 
-    Like `provenance.source_hash` it is blind to comments, docstrings and formatting, and to decorators too.
+    Like `provenance.source_hash` it is blind to comments, docstrings and formatting; to decorators and annotations too.
+
+    systems : which it is to measure; a configuration names them as text, so that no import leads to them.
     """
     path = sys.modules[function.__module__].__file__
     tree = ast.parse(Path(str(path)).read_text(encoding="utf-8"))
+    for node in ast.walk(tree):
+        if isinstance(node, ast.FunctionDef):
+            node.decorator_list, node.returns = [], None
+        if isinstance(node, ast.arg):
+            node.annotation = None
+        if isinstance(node, ast.ImportFrom) and node.level:  # the modules of measurements lie at the top of the package
+            node.module, node.level = ".".join(filter(None, [provenance.PACKAGE, node.module])), 0
     defined = {name: node for node in tree.body for name in _defines(node)}
     reached: dict[str, ast.stmt] = {}
     waiting = [function.__name__]
     while waiting:
         name = waiting.pop()
         if name in defined and name not in reached:
-            node = reached[name] = defined[name]
-            if isinstance(node, ast.FunctionDef):
-                node.decorator_list = []
-            waiting += [found.id for found in ast.walk(node) if isinstance(found, ast.Name)]
+            reached[name] = defined[name]
+            waiting += [found.id for found in ast.walk(defined[name]) if isinstance(found, ast.Name)]
     body = [node for node in tree.body if node in reached.values()]
-    for node in (found for statement in body for found in ast.walk(statement)):
-        if (
-            isinstance(node, ast.ImportFrom) and node.level
-        ):  # srlib is flat here: what is relative is relative to the package
-            node.module, node.level = ".".join(filter(None, [provenance.PACKAGE, node.module])), 0
-    modules = provenance.notebook_modules([ast.unparse(ast.Module(body, []))])
+    modules = {*provenance.notebook_modules([ast.unparse(ast.Module(body, []))])}.union(
+        *map(modules_of_system, systems)
+    )
     digest = hashlib.sha256(provenance.source_hash(modules).encode())
     # private, but the same reading of a tree: whatever changes it changes the hashes of all results
     digest.update(repr([provenance._canonical(node) for node in body]).encode())

@@ -97,6 +97,7 @@ def test_the_ledger_and_the_chapters_judge_alike(tmp_path, seeds, others):
     for name, own, base in (("short_run-digits-L3", seeds, 0.03), ("ladder_vae-digits-L3", others, 0.035)):
         for seed in own:
             mse, system = base + 0.002 * (seed % 3), name.partition("-")[0]
+            mse += 1e-4 * (seed == own[0]) * (system == "short_run")  # equal differences would have no interval
             write_run(tmp_path, name, mse=mse, error=0.001, seed=seed, system=system)
     (judged,) = claims.judge(claim(["short_run-digits-L3", "ladder_vae-digits-L3"]), tmp_path)
     runs = comparison.finished_runs(tmp_path, range(9))
@@ -312,6 +313,45 @@ def test_what_eq_17_leaves_out_of_a_linear_model(linear_run):
     assert measurements.excess_of_eq_17(linear_run, n_images=2).effect == pytest.approx(excess)
 
 
+def test_what_is_no_finite_number_is_not_measurable_and_not_kept(tmp_path):
+    write_run(tmp_path, "a")
+    values = [[1.0, math.inf], [1.0, 2.0]]
+
+    def diverges(folder):
+        return values.pop(0)
+
+    quantity, path = evidence.measured("nats")(diverges), tmp_path / "measurements.json"
+    runs = {0: tmp_path / "a-seed0"}
+    found = quantity(runs, kept=evidence.Kept(path))
+    assert found.of == "values that are no finite numbers" and claims.verdict(found, 0, math.inf) == NOT_MEASURABLE
+    assert not path.exists() and quantity(runs, kept=evidence.Kept(path)).effect == 1.5
+    assert quantity(runs, kept=evidence.Kept(path)).effect == 1.5 and not values
+
+
+def test_two_processes_keep_what_both_have_measured(tmp_path):
+    write_run(tmp_path, "a")
+    one, other = (evidence.Kept(tmp_path / "measurements.json") for _ in range(2))
+    counted.calls = 0
+    for kept, n_images in ((one, 2), (other, 3)):
+        kept.values(counted, [tmp_path / "a-seed0"], {"n_images": n_images})
+    whole = evidence.Kept(tmp_path / "measurements.json")
+    assert [whole.find(counted, [tmp_path / "a-seed0"], {"n_images": n}) for n in (2, 3)] == [
+        [0.0, 1.0],
+        [0.0, 1.0, 2.0],
+    ]
+    checkpoints.write_json(tmp_path / "measurements.json", {"other": 3})
+    with pytest.raises(checkpoints.CheckpointError, match="holds no measurements"):
+        evidence.Kept(tmp_path / "measurements.json")
+
+
+def test_shares_of_trainings_have_the_interval_that_holds_all_of_theirs():
+    one, other = [1.0] * 3 + [0.0] * 7, [1.0] * 5 + [0.0] * 5
+    alone = [evidence.share_of_images([values]) for values in (one, other)]
+    both = evidence.share_of_images([one, other])
+    assert (both.effect, both.of) == (pytest.approx(0.4), "10 images, 2 seeds")
+    assert (both.lower, both.upper) == (alone[0].lower, alone[1].upper)
+
+
 @pytest.mark.parametrize("s, expected", [(0.01, 0.0), (0.3, 1.0)])
 def test_folds_are_found_where_steps_are_long(monkeypatch, wave, s, expected):
     """Curvatures of the wave reach 10 at sigma = 0.5, so that 1 + s H is positive everywhere for 0.01 and has both signs for 0.3."""
@@ -445,6 +485,8 @@ def test_a_measurement_is_known_by_all_the_code_that_it_reaches(tmp_path, monkey
     }
     found = [code_hash(tmp_path, monkeypatch, name, **changed) for name, changed in differ.items()]
     assert len({whole, *found}) == 4
+    measure = measurements.inpainting_difference.measure
+    assert len({evidence.code_hash(measure, frozenset(names)) for names in ((), ("vae",), ("vae", "abp"))}) == 3
     assert len({evidence.code_hash(f.measure) for f in measurements.MEASURED.values()}) == len(measurements.MEASURED)
 
 
@@ -473,7 +515,11 @@ def test_what_was_measured_is_kept_until_run_options_or_code_change(tmp_path, mo
         return counted.calls - before
 
     assert measured_again() == 2 and measured_again() == 0
-    for changed, n in ({"scores": {"mse": 0.02}}, 0), ({"config": {"seed": 1, "n_steps": 3}}, 1), ({"files": {}}, 1):
+    for changed, n in (
+        ({"scores": {"mse": 0.02}}, 0),
+        ({"config": {"system": "short_run", "n_steps": 3}}, 1),
+        ({"files": {}}, 1),
+    ):
         record = checkpoints.read_json(tmp_path / "a-seed1" / "metrics.json")
         del record["checksum"]
         checkpoints.write_json(tmp_path / "a-seed1" / "metrics.json", record | changed)
@@ -482,7 +528,7 @@ def test_what_was_measured_is_kept_until_run_options_or_code_change(tmp_path, mo
     assert measured_again() == 1  # of the new seed alone
     made = claim(["a"], quantity="counted", options={"n_images": 5})
     assert measured_again() == 3 and measured_again() == 0
-    monkeypatch.setattr(evidence, "code_hash", lambda measure: "other")
+    monkeypatch.setattr(evidence, "code_hash", lambda measure, systems: f"other than that of {sorted(systems)}")
     assert measured_again() == 3
     monkeypatch.setattr(evidence, "has_weights", lambda folder: folder.name != "a-seed1")
     assert measured_again() == 0  # what is kept needs none
@@ -514,7 +560,7 @@ def test_fields_that_no_name_has_are_options_and_a_preview_takes_few_images(tmp_
 
 @pytest.mark.parametrize(
     "given, complaint",
-    [({"quantity": "luck"}, "quantity='luck' is unknown"), ({"whose": "nobody's"}, "whose=.* must be one of paper"), ({"below": math.inf}, "everything"), ({"above": 1.0}, "nothing is between")],
+    [({"quantity": "luck"}, "quantity='luck' is unknown"), ({"whose": "nobody's"}, "whose=.* must be one of paper"), ({"below": "0"}, "claim c: below='0' must be a number"), ({"below": math.inf}, "everything"), ({"above": 1.0}, "nothing is between")],
 )  # fmt: skip
 def test_claims_that_cannot_be_judged_are_refused(given, complaint):
     with pytest.raises(ValueError, match=complaint):
@@ -563,10 +609,9 @@ def test_what_is_marked_as_foreseen_stood_in_the_ledger_before_its_runs():
         entries = {e["name"]: e for e in yaml.safe_load("\n".join(committed("show", f"{line.split()[1]}:{ledger}")))}
         for entry in foreseen:
             then = entries.get(entry.name, {})
-            given = {"runs": list(entry.runs), "quantity": entry.quantity, "above": entry.above, "below": entry.below}
-            if all(
-                then.get(name, math.inf if name == "below" else -math.inf) == value for name, value in given.items()
-            ):
+            unsaid = {"above": -math.inf, "below": math.inf, "options": None, "cases": None}
+            given = {name: getattr(entry, name) for name in ("quantity", *unsaid)} | {"runs": list(entry.runs)}
+            if all(then.get(name, unsaid.get(name)) == value for name, value in given.items()):
                 since.setdefault(entry.name, line.split())
             else:
                 since.pop(entry.name, None)
