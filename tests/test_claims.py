@@ -597,26 +597,34 @@ def committed(*arguments):
     return told.stdout.splitlines() if told.returncode == 0 else None
 
 
-def test_what_is_marked_as_foreseen_stood_in_the_ledger_before_its_runs():
-    """With today's quantity, runs and bounds, in a commit that is not that of any run's first results, and earlier."""
+@pytest.mark.parametrize("blind", [False, True])
+def test_what_is_called_foreseen_stood_in_the_ledger_before_its_runs(blind):
+    """With today's quantity, options, runs and bounds, before the commit of any run's first results.
+
+    Rows that are marked as foreseen, with their cases too; and all rows, before the trainings that confirm them.
+    """
     ledger = "papermill_runs/claims.yaml"
     if not committed("log", "-1", "--format=%H") or committed("rev-parse", "--is-shallow-repository") == ["true"]:
         pytest.skip("this copy has no history")
-    foreseen = [entry for entry in claims.load_claims(ROOT / ledger) if entry.foreseen]
-    assert foreseen
+    rows = [entry for entry in claims.load_claims(ROOT / ledger) if entry.foreseen or blind]
+    profiles = ("confirmation",) if blind else ("digits", "reference")
+    unsaid = {"above": -math.inf, "below": math.inf, "options": None} | ({} if blind else {"cases": None})
     since = {}  # name -> when today's entry began to stand there, and the commit
     for line in committed("log", "--reverse", "--format=%ct %H", "--", ledger):
         entries = {e["name"]: e for e in yaml.safe_load("\n".join(committed("show", f"{line.split()[1]}:{ledger}")))}
-        for entry in foreseen:
+        for entry in rows:
             then = entries.get(entry.name, {})
-            unsaid = {"above": -math.inf, "below": math.inf, "options": None, "cases": None}
             given = {name: getattr(entry, name) for name in ("quantity", *unsaid)} | {"runs": list(entry.runs)}
             if all(then.get(name, unsaid.get(name)) == value for name, value in given.items()):
                 since.setdefault(entry.name, line.split())
             else:
                 since.pop(entry.name, None)
-    for entry in foreseen:
+    judged = 0
+    for entry in rows:
         for name in {run for case in entry.all_cases() for run in case.runs}:
-            places = [f"papermill_runs/{profile}/{name}-seed*/metrics.json" for profile in ("digits", "reference")]
-            first = committed("log", "--reverse", "--diff-filter=A", "--format=%ct %H", "--", *places)[0].split()
-            assert int(since[entry.name][0]) < int(first[0]) and since[entry.name][1] != first[1], (entry.name, name)
+            places = [f"papermill_runs/{profile}/{name}-seed*/metrics.json" for profile in profiles]
+            for first in committed("log", "--reverse", "--diff-filter=A", "--format=%ct %H", "--", *places)[:1]:
+                time, commit = first.split()
+                assert int(since[entry.name][0]) < int(time) and since[entry.name][1] != commit, (entry.name, name)
+                judged += 1
+    assert judged
