@@ -362,7 +362,7 @@ def _inpainted(folder: Path, n_images: int, hidden: str, n_draws: int) -> tuple[
     system, x = _system(folder, n_images)
     kind, rate = HIDDEN[hidden]
     rng = torch.Generator().manual_seed(0)
-    mask = observed_mask(kind, n_images, tuple(x.shape[1:]), rate, rng)
+    mask = observed_mask(kind, len(x), tuple(x.shape[1:]), rate, rng)
     return x, mask, inpaintings(system, x, mask, n_draws, rng)
 
 

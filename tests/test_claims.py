@@ -352,6 +352,16 @@ def test_shares_of_trainings_have_the_interval_that_holds_all_of_theirs():
     assert (both.lower, both.upper) == (alone[0].lower, alone[1].upper)
 
 
+def test_fewer_images_than_were_asked_for_are_inpainted_all_the_same(monkeypatch):
+    system = SimpleNamespace(generator=None)
+    monkeypatch.setattr(measurements, "_system", lambda folder, n: (system, torch.zeros(min(n, 3), 1, 4, 4)))
+    monkeypatch.setattr(
+        "srlib.evaluation.inpainting.inpaintings", lambda system, x, mask, n, rng: x.expand(n, *x.shape)
+    )
+    x, mask, draws = measurements._inpainted(Path(), 200, "left half", 2)
+    assert len(x) == len(mask) == draws.shape[1] == 3
+
+
 @pytest.mark.parametrize("s, expected", [(0.01, 0.0), (0.3, 1.0)])
 def test_folds_are_found_where_steps_are_long(monkeypatch, wave, s, expected):
     """Curvatures of the wave reach 10 at sigma = 0.5, so that 1 + s H is positive everywhere for 0.01 and has both signs for 0.3."""
