@@ -74,9 +74,8 @@ def main(systems: list[str]) -> None:
         }
         scores |= {f"{rate:g}": validation_score(system, rate, dataset) for rate in RATES if f"{rate:g}" not in scores}
         best = min(scores, key=scores.get)
-        known = (
-            checkpoints.read_json(RESULTS)["systems"] if RESULTS.exists() else {}
-        )  # another process may have written
+        # another process may have written
+        known = checkpoints.read_json(RESULTS)["systems"] if RESULTS.exists() else {}
         known[system] = {
             "n_updates": N_UPDATES,
             "n_images": len(dataset.validation.images),

@@ -283,12 +283,10 @@ def key(job: Job, profile: Profile) -> str:
         rows = sorted({run.rpartition("-seed")[0] for run in job.needs})
         found = [path for row in rows for path in sorted(there.glob(f"{row}-seed*/metrics.json"))]
         results += [checkpoints.read_json(path)["checksum"] for path in found]
-    if job.config is None and is_ledger(
-        job, profile
-    ):  # it says what it could not measure, and is to be made again when it can
-        results += [
-            f"{run} has no weights" for run in sorted(may_load(job, profile, set())) if not loadable(profile.jobs[run])
-        ]
+    if job.config is None and is_ledger(job, profile):
+        # it says what it could not measure, and is to be made again when it can
+        unmeasured = sorted(may_load(job, profile, set()))
+        results += [f"{run} has no weights" for run in unmeasured if not loadable(profile.jobs[run])]
     here = job.notebook.parent
     folders = (
         "*.yaml",

@@ -17,7 +17,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from . import checkpoints, comparison
-from .evidence import ALIKE, CONFIDENCE, NO_COMMON_SEED, Evidence, Kept, Seeds, alike, folders_by_seed, over
+from .comparison import CONFIDENCE
+from .evidence import ALIKE, NO_COMMON_SEED, Evidence, Kept, Seeds, alike, folders_by_seed, over
 from .experiment import verified_metrics
 from .measurements import MEASURED
 

@@ -19,10 +19,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from . import checkpoints, provenance
+from .comparison import CONFIDENCE
 from .experiment import WEIGHTS, has_weights, verified_metrics
 from .experiment import modules as modules_of_system
 
-CONFIDENCE = 0.95
 ALIKE = 1e-5  # of the largest: what float32 and sums in another order leave of equal values
 Seeds = Mapping[int, Path]  # seed -> the folder of a run
 Values = list[float]
@@ -76,7 +76,7 @@ def mean(values: Sequence[Values]) -> Evidence:
 
 def mean_of_factors(values: Sequence[Values]) -> Evidence:
     """The mean over seeds of one value each; images without known factors have none."""
-    return over([value for (value,) in values], "seeds") if all(values) else NO_FACTORS
+    return mean_over_seeds(values) if all(values) else NO_FACTORS
 
 
 def mean_over_seeds(values: Sequence[Values]) -> Evidence:
