@@ -61,7 +61,7 @@ KINDS = {
 def inner_loops(sizes: Sizes) -> dict[str, Any]:
     """Seconds of both sides and of each equal form, for each model and number of threads; ratios for chains of K steps."""
     settings = [
-        measuring.in_child(chains, name, model, sizes, threads)
+        measuring.in_child(chains, name, model, sizes, threads, limit=300.0 + 5 * sizes.contest_budget)
         for name, model in sizes.models.items()
         for threads in sizes.threads
     ]

@@ -28,6 +28,7 @@ import forks
 TINY = dict(latent_dims=[2, 3], channels=4, n_steps=2, n_updates=20, batch_size=8, n_samples=40)
 SYSTEMS = {
     "short_run": dict(step_size_search="grid", every=6, search_images=6),
+    "tuned_short_run": dict(step_size_search="descent", every=6, search_images=6),
     "vae": {},
     "ladder_vae": {},
     "iaf": dict(options=dict(n_flows=2, hidden=8)),

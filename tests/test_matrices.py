@@ -17,6 +17,7 @@ import pipeline  # noqa: E402
 
 DATASETS = ("mnist", "svhn", "celeba32")
 SINGLE_LAYER = ("vae", "iaf", "abp", "glo", "glow")  # Table 2, and Glow
+IN_TABLES = ("short_run", "ladder_vae", *SINGLE_LAYER)
 FULL = ("reference", "paper")
 SEARCHES = {f"steps-{s}-{e}" for s in ("grid", "descent") for e in ("linear_noise", "change_of_variables")}  # Fig. 6
 
@@ -128,8 +129,8 @@ def test_systems_are_compared_on_equal_terms(profile):
 
 
 def test_the_reference_begins_with_each_system_on_each_dataset():
-    first = list(rows("reference").values())[: 3 * len(experiment.SYSTEMS)]
-    assert {(c.system, c.dataset) for c in first} == {(s, d) for s in experiment.SYSTEMS for d in DATASETS}
+    first = list(rows("reference").values())[: 3 * len(IN_TABLES)]
+    assert {(c.system, c.dataset) for c in first} == {(s, d) for s in IN_TABLES for d in DATASETS}
     assert load_profile("reference").by_priority
 
 
@@ -144,7 +145,8 @@ def test_learning_rates_of_the_digits_matrix_are_those_tuned_on_validation_image
     import tuning
 
     results = checkpoints.read_json(tuning.RESULTS)["systems"]
-    assert set(results) == set(tuning.ROWS) == {c.system for c in rows("digits").values()}
+    systems = {c.system for c in rows("digits").values()}
+    assert set(results) == set(tuning.ROWS) == systems - {"tuned_short_run"}  # which is the short run, at its rate
     for system, found in results.items():
         scores = {float(rate): score for rate, score in found["by_learning_rate"].items()}
         assert sorted(scores) == sorted(tuning.RATES)  # the same budget for all

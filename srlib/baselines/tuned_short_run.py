@@ -1,0 +1,137 @@
+"""The short run system whose line 5 of Algorithm 1 chooses more than step sizes: any of the numbers of `variants`.
+
+It is no method of the literature, but the paper's with the further hyper-parameters that Eq. (20) can choose: "q_s" becomes q_{s, a, ...}.
+Like the other systems that are compared with the short run it stands in this folder, where `experiment` finds it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from .. import distributed
+from ..generators import Generator, check_whole
+from ..inner_loop import Precision, accelerated
+from ..langevin import DIVERGED_RMS, DivergenceError
+from ..learning import ShortRun
+from ..posterior import Posterior
+from ..step_size import StepSizeResult
+from ..training import TrainingLoop
+from ..variants import WIDTHS, Variant, check_free, descend_variant, mean_precision, run_variant
+from ._options import checked_options
+
+if TYPE_CHECKING:
+    from ..experiment import Config
+
+# Where the momentum starts if it is free: without any, more and less of it are the same.
+FIRST_MOMENTUM = 0.1
+
+
+class TunedShortRun(ShortRun):
+    """`ShortRun` with the chains of a `Variant`; every `every` updates its numbers go one step of descent on Eq. (20).
+
+    All that is not said here is as in `ShortRun`. A preconditioner refers to the mean posterior precision of the latents, which is
+    measured at each of these updates and scaled to geometric mean 1, so that `step_size` is the mean of the latents' step sizes.
+
+    Parameters
+    ----------
+    free : the numbers that are learned, of those of `Variant`; the others stay where there is nothing but one step size.
+    n_images : images of the batch that the objective is measured on; a smaller batch is gone through again.
+
+    The history has, for each update of the numbers, chosen_ratio, chosen_momentum, chosen_heat and chosen_power besides.
+    """
+
+    OTHERS = ("ratio", "momentum", "heat", "power")
+
+    def __init__(
+        self,
+        generator: Generator,
+        n_steps: int = 25,
+        step_size: float = 1.25e-3,
+        sigma: float = 0.15,
+        sigma_start: float | None = None,
+        anneal_fraction: float = 0.5,
+        free: Sequence[str] = tuple(WIDTHS),
+        n_images: int = 4,
+        every: int = 100,
+        precision: Precision = "full",
+        compile: bool = False,
+    ) -> None:
+        super().__init__(
+            generator, n_steps, step_size, sigma, sigma_start, anneal_fraction, self._move, every, precision, compile
+        )
+        check_free(free)
+        check_whole("n_images", n_images, 2)  # two tell whether they agree
+        self.free, self.n_images = tuple(free), n_images
+        first = Variant(1.0, momentum=FIRST_MOMENTUM if "momentum" in free else 0.0)
+        others = [getattr(first, name) for name in self.OTHERS]
+        self.register_buffer("others", torch.tensor(others, dtype=torch.float64))
+        self.register_buffer("latent_precision", torch.ones(generator.latent_dim, dtype=torch.float64))
+
+    def variant(self, step_size: Tensor | None = None) -> Variant:
+        """The learned numbers, with `step_size` in the place of the learned one."""
+        s = self.step_size if step_size is None else step_size
+        return Variant(float(s), **dict(zip(self.OTHERS, self.others.tolist())))
+
+    def settings(self) -> dict[str, float]:
+        return super().settings() | dict(zip(self.OTHERS, self.others.tolist()))
+
+    def _chain(
+        self,
+        posterior: Posterior,
+        s: Tensor,
+        initial: Tensor | None = None,
+        rng: torch.Generator | None = None,
+        n_steps: int | None = None,
+    ) -> Tensor:
+        fast = accelerated(posterior, self.precision, self.compiled)
+        variant, n_steps = self.variant(s), n_steps or self.n_steps
+        final = run_variant(fast, variant, n_steps, self.latent_precision, initial, rng=rng)[-1]
+        if not (final.square().mean(1) < DIVERGED_RMS**2).all():
+            raise DivergenceError(f"the chain of {variant} diverged; start from a smaller step size", variant.step_size)
+        return final
+
+    def _move(self, posterior: Posterior, s: Tensor, n_steps: int, rng: torch.Generator) -> StepSizeResult:
+        """Line 5: all numbers one step, s as the result, which `ShortRun` keeps."""
+        few = posterior[torch.arange(self.n_images) % len(posterior)]
+        precision = mean_precision(few, self._chain(few, s, rng=rng))
+        self.latent_precision.copy_(precision / precision.log().mean().exp())
+        moved, tried, values = descend_variant(few, self.variant(s), self.free, n_steps, self.latent_precision, rng)
+        self.others.copy_(torch.tensor([getattr(moved, name) for name in self.OTHERS]))
+        distributed.agree([self.others, self.latent_precision])
+        return StepSizeResult(torch.tensor(moved.step_size, dtype=torch.float64), tried, values)
+
+    def _choose_step_size(self, posterior: Posterior, s: Tensor, loop: TrainingLoop, rng: torch.Generator) -> None:
+        super()._choose_step_size(posterior, s, loop, rng)
+        loop.record(**{f"chosen_{name}": value for name, value in zip(self.OTHERS, self.others.tolist())})
+
+
+def builder(config: Config) -> Callable[[tuple[int, int, int]], TunedShortRun]:
+    """Image shape -> the untrained system. Raises ValueError for entries of `config` that do not fit this system.
+
+    K, s, sigma, its annealing, `every` and `search_images` are the configuration's own entries. options: free.
+    """
+    options = checked_options(config, {"free": tuple(WIDTHS)})
+    for name, only in (("step_size_search", "descent"), ("estimator", "linear_noise"), ("step_size_share", "all")):
+        if (given := getattr(config, name)) != only:
+            raise ValueError(f"{name}={given!r}: this system has its own descent, by {only!r} alone")
+
+    def build(image_shape: tuple[int, int, int]) -> TunedShortRun:
+        return TunedShortRun(
+            config.new_generator(image_shape),
+            config.n_steps,
+            config.step_size,
+            config.sigma,
+            config.sigma_start,
+            config.anneal_fraction,
+            n_images=config.search_images,
+            every=config.every,
+            precision=config.precision,
+            compile=config.compile,
+            **options,
+        )
+
+    return build

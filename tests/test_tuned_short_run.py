@@ -1,0 +1,98 @@
+"""The short run that learns with all numbers of a variant: beside `ShortRun`, and what its line 5 does."""
+
+import copy
+
+import pytest
+import torch
+
+import srlib
+from srlib.baselines.tuned_short_run import FIRST_MOMENTUM, TunedShortRun
+from srlib.experiment import Config
+from srlib.learning import ShortRun
+from srlib.training import TrainingPlan
+from srlib.variants import Variant
+
+PLAN = TrainingPlan(6, 8, (1e-3,))
+
+
+def generator():
+    torch.manual_seed(0)
+    return srlib.TopDownGenerator((2, 3), (1, 10, 10), channels=4, feature_size=5)
+
+
+def seeded(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+@pytest.fixture(scope="module")
+def images():
+    return torch.randint(0, 256, (24, 1, 10, 10), generator=seeded(3), dtype=torch.uint8)
+
+
+def test_before_line_5_it_learns_as_the_short_run(images):
+    """The same random numbers, weights and chains, to rounding; what line 5 does is compared in test_variants."""
+    tuned = TunedShortRun(generator(), 4, sigma_start=0.3, free=["step_size"], every=6)
+    plain = ShortRun(generator(), 4, sigma_start=0.3)
+    losses = [system.fit(images, PLAN, seeded(1), progress=False)["loss"] for system in (tuned, plain)]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+    assert tuned.step_size.item() != pytest.approx(1.25e-3, rel=0.01)  # line 5 came after the last update
+    with_momentum = TunedShortRun(generator(), 4, sigma_start=0.3, every=6).fit(images, PLAN, seeded(1), progress=False)
+    assert with_momentum["loss"][0] != pytest.approx(losses[1][0], rel=1e-5)
+
+
+def test_line_5_moves_every_number_that_is_free_and_no_other(images):
+    for free in (["step_size", "ratio", "momentum", "heat", "power"], ["step_size", "heat"]):
+        system = TunedShortRun(generator(), 4, free=free, every=2)
+        before = {**vars(system.variant())}
+        history = system.fit(images, PLAN, seeded(1), progress=False)
+        after = vars(system.variant())
+        assert {name for name in before if before[name] != after[name]} == {*free}
+        assert history["chosen_heat"][-1] == after["heat"] and len(history["chosen_heat"]) == 3
+    assert before["momentum"] == 0
+    first = TunedShortRun(generator()).variant()
+    assert first == Variant(first.step_size, momentum=FIRST_MOMENTUM) and first.step_size == pytest.approx(1.25e-3)
+
+
+def test_the_mean_of_the_step_sizes_is_step_size_whatever_the_precision(images):
+    system = TunedShortRun(generator(), 4, every=2)
+    system.fit(images, PLAN, seeded(1), progress=False)
+    assert system.latent_precision.std() > 0
+    s = system.variant().step_sizes(4, system.latent_precision)
+    assert s.log().mean().exp() == pytest.approx(system.step_size.item())
+
+
+def test_inference_uses_what_was_learned_and_the_state_holds_it(images):
+    system = TunedShortRun(generator(), 4, every=2)
+    system.fit(images, PLAN, seeded(1), progress=False)
+    x = system.as_input(images[:5])
+    found = system.infer(x, rng=seeded(2))
+    again = TunedShortRun(generator(), 4, every=2)
+    assert not torch.allclose(again.infer(x, rng=seeded(2)), found, atol=1e-3)
+    again.load_state_dict(system.state_dict())
+    assert torch.equal(again.infer(x, rng=seeded(2)), found)
+    assert torch.equal(copy.deepcopy(system).infer(x, rng=seeded(2)), found)
+    posterior = srlib.Posterior(system.generator, x, system.sigma)
+    states = srlib.variants.run_variant(posterior, system.variant(), 4, system.latent_precision, rng=seeded(2))
+    assert torch.allclose(states[-1], found, atol=1e-5)
+    assert system.settings()["momentum"] == system.variant().momentum
+
+
+def test_a_divergence_is_an_error_that_names_the_step_size(images):
+    with pytest.raises(srlib.DivergenceError, match="update 0: the chains diverged with step_size=1e[+]06"):
+        TunedShortRun(generator(), 30, step_size=1e6, every=2).fit(images, PLAN, seeded(1), progress=False)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"step_size_search": "none"}, "step_size_search='none'"),
+        ({"estimator": "change_of_variables"}, "estimator='change_of_variables'"),
+        ({"step_size_share": "step"}, "step_size_share='step'"),
+        ({"options": {"friction": 1}}, "tuned_short_run has no 'friction'"),
+        ({"options": {"free": ["friction"]}}, "free=.*friction"),
+        ({"search_images": 1}, "n_images=1"),
+    ],
+)
+def test_a_configuration_that_does_not_fit_is_refused(given, message):
+    with pytest.raises(ValueError, match=message):
+        Config.from_dict({"name": "x", "system": "tuned_short_run", "step_size_search": "descent"} | given)
