@@ -54,7 +54,9 @@ def run(names: Iterable[str], sizes: Sizes, folder: Path) -> list[str]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="+", choices=PARTS, default=list(PARTS), metavar="PART", help=", ".join(PARTS))
-    parser.add_argument("--rounds", type=int, default=FULL.contest_rounds, metavar="N", help="of the contest, %(default)s")
+    parser.add_argument(
+        "--rounds", type=int, default=FULL.contest_rounds, metavar="N", help="of the contest, %(default)s"
+    )
     parser.add_argument("--tiny", action="store_true")
     given = parser.parse_args()
     folder = HERE / ("results/tiny" if given.tiny else "measured")

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from srlib import checkpoints, experiment
+from srlib import checkpoints
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "papermill_runs"))
