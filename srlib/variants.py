@@ -28,8 +28,9 @@ from .step_size import LARGEST
 # Where the search for the best variant begins to look: so far from the start in each of its (unbounded) coordinates.
 FIRST_STEP = 0.4
 # How far to either side a slope of `descend_variant` looks, in the same coordinates: for s and the ratio as far as `StepSizeSearch`.
-WIDTHS = {"step_size": 0.35, "ratio": 0.7, "momentum": 0.35, "heat": 0.35, "power": 0.1}
-LARGEST_MOVE = 0.5 / 0.35  # in widths, its learning rate too
+WIDTHS = {"step_size": 0.35, "ratio": 0.7, "momentum": 0.35, "heat": 0.15, "power": 0.1}
+# In widths, that search's too. Of several numbers together: most of them lengthen the steps, and full moves of all would overshoot.
+LARGEST_MOVE = 0.5 / 0.35
 
 
 @dataclass(frozen=True)
@@ -222,7 +223,8 @@ def descend_variant(
     """One step of stochastic gradient descent on the mean objective, along each number in `free`; for use during training.
 
     The rule of `StepSizeSearch` with "descent": slopes are central differences over WIDTHS under the same random numbers, drawn
-    from `rng`, and a step is mean(slope) / rms(slope) of LARGEST_MOVE widths, the moments over the images of `posterior`.
+    from `rng`, and the step along one of F numbers is mean(slope) / rms(slope) of LARGEST_MOVE / sqrt(F) widths, the moments over
+    the images of `posterior`.
 
     Returns the moved variant; the s of those tried on either side, [2 F]; and their objectives, [2 F, n], inf where chains diverged.
     """
@@ -234,7 +236,7 @@ def descend_variant(
     below, above = values.nan_to_num(posinf=LARGEST).unflatten(0, (-1, 2)).unbind(1)
     slopes = above - below  # in widths; a step does not depend on their unit
     lengths = slopes.mean(1) / slopes.square().mean(1).sqrt().clamp_min(torch.finfo(slopes.dtype).tiny)
-    moved = _at(variant, free, origin - LARGEST_MOVE * lengths.cpu() * widths)
+    moved = _at(variant, free, origin - LARGEST_MOVE / math.sqrt(len(free)) * lengths.cpu() * widths)
     return moved, torch.tensor([one.step_size for one in aside], dtype=torch.float64), values
 
 
