@@ -23,14 +23,9 @@ from torch import Tensor
 from .entropy import hessians
 from .generators import check_positive, check_tensor, check_whole, given_or_fresh, randn_like
 from .posterior import Posterior
-from .step_size import LARGEST
 
 # Where the search for the best variant begins to look: so far from the start in each of its (unbounded) coordinates.
 FIRST_STEP = 0.4
-# How far to either side a slope of `descend_variant` looks, in the same coordinates: for s and the ratio as far as `StepSizeSearch`.
-WIDTHS = {"step_size": 0.35, "ratio": 0.7, "momentum": 0.35, "heat": 0.15, "power": 0.1}
-# In widths, that search's too. Of several numbers together: most of them lengthen the steps, and full moves of all would overshoot.
-LARGEST_MOVE = 0.5 / 0.35
 
 
 @dataclass(frozen=True)
@@ -190,17 +185,21 @@ def choose_variant(
     """
     from scipy.optimize import minimize
 
-    check_free(free)
+    unknown = [name for name in free if name not in _COORDINATES]
+    if unknown or not free:
+        raise ValueError(f"free={tuple(free)!r} must name some of {', '.join(_COORDINATES)}")
     check_whole("n_evaluations", n_evaluations)
-    numbers = _numbers(posterior, n_steps, rng)
+    rng = given_or_fresh(rng)
+    e = posterior.generator.sample_prior(len(posterior), rng)
+    numbers = {"initial": e, "noise": torch.stack([randn_like(e, rng) for _ in range(n_steps)])}
 
     def variant_at(u: Sequence[float]) -> Variant:
-        return _at(start, free, u)
+        return replace(start, **{name: _COORDINATES[name][0](float(x)) for name, x in zip(free, u)})
 
     def objective(variant: Variant) -> Tensor:
         return variant_objective(posterior, variant, n_steps, precision, **numbers)
 
-    origin = _coordinates(start, free)
+    origin = torch.tensor([_COORDINATES[name][1](getattr(start, name)) for name in free], dtype=torch.float64)
     simplex = torch.cat([origin[None], origin + FIRST_STEP * torch.eye(len(origin), dtype=torch.float64)])
     found = minimize(
         lambda u: objective(variant_at(u)).mean().item(),
@@ -210,57 +209,6 @@ def choose_variant(
     )
     best = variant_at(found.x)
     return best, objective(best)
-
-
-def descend_variant(
-    posterior: Posterior,
-    variant: Variant,
-    free: Sequence[str],
-    n_steps: int = 25,
-    precision: Tensor | None = None,
-    rng: torch.Generator | None = None,
-) -> tuple[Variant, Tensor, Tensor]:
-    """One step of stochastic gradient descent on the mean objective, along each number in `free`; for use during training.
-
-    The rule of `StepSizeSearch` with "descent": slopes are central differences over WIDTHS under the same random numbers, drawn
-    from `rng`, and the step along one of F numbers is mean(slope) / rms(slope) of LARGEST_MOVE / sqrt(F) widths, the moments over
-    the images of `posterior`.
-
-    Returns the moved variant; the s of those tried on either side, [2 F]; and their objectives, [2 F, n], inf where chains diverged.
-    """
-    check_free(free)
-    numbers, origin = _numbers(posterior, n_steps, rng), _coordinates(variant, free)
-    widths = torch.tensor([WIDTHS[name] for name in free], dtype=torch.float64)
-    aside = [_at(variant, free, origin + sign * row) for row in widths.diag() for sign in (-1, 1)]
-    values = torch.stack([variant_objective(posterior, one, n_steps, precision, **numbers) for one in aside])
-    below, above = values.nan_to_num(posinf=LARGEST).unflatten(0, (-1, 2)).unbind(1)
-    slopes = above - below  # in widths; a step does not depend on their unit
-    lengths = slopes.mean(1) / slopes.square().mean(1).sqrt().clamp_min(torch.finfo(slopes.dtype).tiny)
-    moved = _at(variant, free, origin - LARGEST_MOVE / math.sqrt(len(free)) * lengths.cpu() * widths)
-    return moved, torch.tensor([one.step_size for one in aside], dtype=torch.float64), values
-
-
-def check_free(free: Sequence[str]) -> None:
-    """Raises ValueError unless `free` names some of what can be chosen, each once."""
-    if isinstance(free, str) or not free or not {*free} <= {*_COORDINATES} or len({*free}) < len(free):
-        raise ValueError(f"free={free!r} must name some of {', '.join(_COORDINATES)}, each once")
-
-
-def _numbers(posterior: Posterior, n_steps: int, rng: torch.Generator | None) -> dict[str, Tensor]:
-    """The e_0 and eps that all variants share."""
-    check_whole("n_steps", n_steps)
-    rng = given_or_fresh(rng)
-    e = posterior.generator.sample_prior(len(posterior), rng)
-    return {"initial": e, "noise": torch.stack([randn_like(e, rng) for _ in range(n_steps)])}
-
-
-def _coordinates(variant: Variant, free: Sequence[str]) -> Tensor:
-    return torch.tensor([_COORDINATES[name][1](getattr(variant, name)) for name in free], dtype=torch.float64)
-
-
-def _at(variant: Variant, free: Sequence[str], u: Sequence[float] | Tensor) -> Variant:
-    """The variant with the numbers in `free` at the coordinates u."""
-    return replace(variant, **{name: _COORDINATES[name][0](float(x)) for name, x in zip(free, u)})
 
 
 def _roots(variant: Variant, n_steps: int, precision: Tensor | None, e: Tensor) -> tuple[Tensor, list[float]]:

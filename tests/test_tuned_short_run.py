@@ -6,11 +6,11 @@ import pytest
 import torch
 
 import srlib
-from srlib.baselines.tuned_short_run import FIRST_MOMENTUM, TunedShortRun
+from srlib.baselines.tuned_short_run import FIRST_MOMENTUM, TunedShortRun, descend_variant
 from srlib.experiment import Config
 from srlib.learning import ShortRun
 from srlib.training import TrainingPlan
-from srlib.variants import Variant
+from srlib.variants import Variant, choose_variant, run_variant, variant_objective
 
 PLAN = TrainingPlan(6, 8, (1e-3,))
 
@@ -27,6 +27,50 @@ def seeded(seed=0):
 @pytest.fixture(scope="module")
 def images():
     return torch.randint(0, 256, (24, 1, 10, 10), generator=seeded(3), dtype=torch.uint8)
+
+
+@pytest.mark.parametrize(("free", "share"), [(["step_size"], "all"), (["step_size", "ratio"], "step")])
+def test_a_step_of_descent_is_that_of_the_step_size_search(free, share):
+    nonlinear = srlib.Posterior(
+        generator().double(), torch.rand(3, 1, 10, 10, generator=seeded(), dtype=torch.float64), 0.3
+    )
+    search = srlib.StepSizeSearch("descent", n_images=3, share=share)
+    s = torch.tensor(1e-3, dtype=torch.float64) if share == "all" else torch.full((5, 1, 1), 1e-3, dtype=torch.float64)
+    expected = search(nonlinear, s, 5, seeded(4))
+    moved, tried, values = descend_variant(nonlinear, Variant(1e-3), free, 5, rng=seeded(4))
+    found = (moved.step_sizes(5) / 1e-3).log() * len(free) ** 0.5  # the search goes a full step in each direction
+    assert torch.allclose(found, (expected.step_size / 1e-3).log().expand_as(found), rtol=1e-6)
+    assert torch.allclose(values, expected.values) and tried.shape == (2 * len(free),)
+
+
+def test_descent_arrives_where_the_simplex_does():
+    """On a linear model whose posterior is long and thin, so that momentum is worth something."""
+    rng = seeded(1)
+    weight = torch.linalg.qr(torch.randn(9, 4, generator=rng, dtype=torch.float64))[0] * torch.tensor([0.1, 0.3, 1, 3])
+    g = srlib.LinearGenerator(weight, torch.zeros(9, dtype=torch.float64))
+    x = torch.randn(3, 9, 1, 1, generator=rng, dtype=torch.float64)
+    many = srlib.Posterior(g, x, sigma=0.3).repeated(40)
+    best, _ = choose_variant(many, Variant(1e-3), ["step_size", "momentum"], 12, rng=seeded(), n_evaluations=200)
+    variant, path = Variant(2e-4, momentum=0.1), []
+    for i in range(60):
+        variant, *_ = descend_variant(many, variant, ["step_size", "momentum"], 12, rng=seeded(10 + i))
+        path.append(variant)
+    assert variant.momentum > 0.1
+
+    def objective(v):
+        return variant_objective(many, v, 12, rng=seeded(5)).mean()
+
+    # it does not stand still, as it has no learning rate that falls
+    last = torch.stack([objective(v) for v in path[-10:]]).mean()
+    assert last < objective(Variant(2e-4, momentum=0.1)) - 10 * (last - objective(best)).abs()
+    assert last < objective(best) + 0.3
+
+
+@pytest.mark.parametrize("free", [[], "step_size", ["friction"], ["heat", "heat"]])
+def test_what_cannot_be_chosen_is_named(free):
+    posterior = srlib.Posterior(generator(), torch.zeros(2, 1, 10, 10), 0.3)
+    with pytest.raises(ValueError, match="free=.*must name some of step_size, ratio, momentum, heat, power, each once"):
+        descend_variant(posterior, Variant(1e-3), free, 2)
 
 
 def test_before_line_5_it_learns_as_the_short_run(images):
@@ -72,7 +116,7 @@ def test_inference_uses_what_was_learned_and_the_state_holds_it(images):
     assert torch.equal(again.infer(x, rng=seeded(2)), found)
     assert torch.equal(copy.deepcopy(system).infer(x, rng=seeded(2)), found)
     posterior = srlib.Posterior(system.generator, x, system.sigma)
-    states = srlib.variants.run_variant(posterior, system.variant(), 4, system.latent_precision, rng=seeded(2))
+    states = run_variant(posterior, system.variant(), 4, system.latent_precision, rng=seeded(2))
     assert torch.allclose(states[-1], found, atol=1e-5)
     assert system.settings()["momentum"] == system.variant().momentum
 

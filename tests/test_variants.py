@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import srlib
-from srlib.variants import Variant, choose_variant, descend_variant, mean_precision, run_variant, variant_objective
+from srlib.variants import Variant, choose_variant, mean_precision, run_variant, variant_objective
 
 EVERYTHING = Variant(2e-3, ratio=3.0, momentum=0.6, heat=2.0, power=0.5)
 
@@ -115,41 +115,6 @@ def test_heat_is_the_chain_of_a_larger_sigma(linear):
     assert torch.allclose(cooled[1], warm[1]) and not torch.allclose(cooled[1], states[1])
     last = run_variant(linear, Variant(1e-3), 1, initial=cooled[1], noise=states[None, 0])
     assert torch.allclose(cooled[2], last[1])  # the last step has sigma itself
-
-
-@pytest.mark.parametrize(("free", "share"), [(["step_size"], "all"), (["step_size", "ratio"], "step")])
-def test_a_step_of_descent_is_that_of_the_step_size_search(nonlinear, free, share):
-    search = srlib.StepSizeSearch("descent", n_images=3, share=share)
-    s = torch.tensor(1e-3, dtype=torch.float64) if share == "all" else torch.full((5, 1, 1), 1e-3, dtype=torch.float64)
-    expected = search(nonlinear, s, 5, seeded(4))
-    moved, tried, values = descend_variant(nonlinear, Variant(1e-3), free, 5, rng=seeded(4))
-    found = (moved.step_sizes(5) / 1e-3).log() * len(free) ** 0.5  # the search goes a full step in each direction
-    assert torch.allclose(found, (expected.step_size / 1e-3).log().expand_as(found), rtol=1e-6)
-    assert torch.allclose(values, expected.values) and tried.shape == (2 * len(free),)
-
-
-def test_descent_arrives_where_the_simplex_does(linear):
-    many = linear.repeated(40)
-    best, _ = choose_variant(many, Variant(1e-3), ["step_size", "momentum"], 12, rng=seeded(), n_evaluations=200)
-    variant, path = Variant(2e-4, momentum=0.1), []
-    for i in range(60):
-        variant, *_ = descend_variant(many, variant, ["step_size", "momentum"], 12, rng=seeded(10 + i))
-        path.append(variant)
-    assert variant.momentum > 0.1
-
-    def objective(v):
-        return variant_objective(many, v, 12, rng=seeded(5)).mean()
-
-    # it does not stand still, as it has no learning rate that falls
-    last = torch.stack([objective(v) for v in path[-10:]]).mean()
-    assert last < objective(Variant(2e-4, momentum=0.1)) - 10 * (last - objective(best)).abs()
-    assert last < objective(best) + 0.3
-
-
-@pytest.mark.parametrize("free", [[], "step_size", ["friction"], ["heat", "heat"]])
-def test_what_cannot_be_chosen_is_named(linear, free):
-    with pytest.raises(ValueError, match="free=.*must name some of step_size, ratio, momentum, heat, power, each once"):
-        descend_variant(linear, Variant(1e-3), free, 2)
 
 
 @pytest.mark.parametrize(

@@ -1,26 +1,29 @@
 """The short run system whose line 5 of Algorithm 1 chooses more than step sizes: any of the numbers of `variants`.
 
-It is no method of the literature, but the paper's with the further hyper-parameters that Eq. (20) can choose: "q_s" becomes q_{s, a, ...}.
+It is no method of the literature, but the paper's with the further hyper-parameters that Eq. (20) can choose: q_s becomes q_{s, a, ...}.
 Like the other systems that are compared with the short run it stands in this folder, where `experiment` finds it.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from .. import distributed
-from ..generators import Generator, check_whole
+from ..generators import Generator, check_whole, given_or_fresh, randn_like
 from ..inner_loop import Precision, accelerated
 from ..langevin import DIVERGED_RMS, DivergenceError
 from ..learning import ShortRun
 from ..posterior import Posterior
-from ..step_size import StepSizeResult
+from ..step_size import LARGEST, StepSizeResult
 from ..training import TrainingLoop
-from ..variants import WIDTHS, Variant, check_free, descend_variant, mean_precision, run_variant
+from ..variants import _COORDINATES as COORDINATES
+from ..variants import Variant, mean_precision, run_variant, variant_objective
 from ._options import checked_options
 
 if TYPE_CHECKING:
@@ -28,6 +31,10 @@ if TYPE_CHECKING:
 
 # Where the momentum starts if it is free: without any, more and less of it are the same.
 FIRST_MOMENTUM = 0.1
+# How far to either side a slope looks, in the coordinates of `variants`: for s and the ratio as far as `StepSizeSearch`.
+WIDTHS = {"step_size": 0.35, "ratio": 0.7, "momentum": 0.35, "heat": 0.15, "power": 0.1}
+# In widths, that search's too. Of several numbers together: most of them lengthen the steps, and full moves of all would overshoot.
+LARGEST_MOVE = 0.5 / 0.35
 
 
 class TunedShortRun(ShortRun):
@@ -107,6 +114,49 @@ class TunedShortRun(ShortRun):
     def _choose_step_size(self, posterior: Posterior, s: Tensor, loop: TrainingLoop, rng: torch.Generator) -> None:
         super()._choose_step_size(posterior, s, loop, rng)
         loop.record(**{f"chosen_{name}": value for name, value in zip(self.OTHERS, self.others.tolist())})
+
+
+def descend_variant(
+    posterior: Posterior,
+    variant: Variant,
+    free: Sequence[str],
+    n_steps: int = 25,
+    precision: Tensor | None = None,
+    rng: torch.Generator | None = None,
+) -> tuple[Variant, Tensor, Tensor]:
+    """One step of stochastic gradient descent on the mean objective of a variant, along each number in `free`.
+
+    The rule of `StepSizeSearch` with "descent": slopes are central differences over WIDTHS under the same random numbers, drawn
+    from `rng`, and the step along one of F numbers is mean(slope) / rms(slope) of LARGEST_MOVE / sqrt(F) widths, the moments over
+    the images of `posterior`.
+
+    Returns the moved variant; the s of those tried on either side, [2 F]; and their objectives, [2 F, n], inf where chains diverged.
+    Raises ValueError for arguments that do not fit.
+    """
+    check_free(free)
+    check_whole("n_steps", n_steps)
+    rng = given_or_fresh(rng)
+    e = posterior.generator.sample_prior(len(posterior), rng)
+    numbers = {"initial": e, "noise": torch.stack([randn_like(e, rng) for _ in range(n_steps)])}
+    origin = torch.tensor([COORDINATES[name][1](getattr(variant, name)) for name in free], dtype=torch.float64)
+    widths = torch.tensor([WIDTHS[name] for name in free], dtype=torch.float64)
+
+    def at(u: Tensor) -> Variant:
+        return replace(variant, **{name: COORDINATES[name][0](x) for name, x in zip(free, u.tolist())})
+
+    aside = [at(origin + sign * row) for row in widths.diag() for sign in (-1, 1)]
+    values = torch.stack([variant_objective(posterior, one, n_steps, precision, **numbers) for one in aside])
+    below, above = values.nan_to_num(posinf=LARGEST).unflatten(0, (-1, 2)).unbind(1)
+    slopes = above - below  # in widths; a step does not depend on their unit
+    lengths = slopes.mean(1) / slopes.square().mean(1).sqrt().clamp_min(torch.finfo(slopes.dtype).tiny)
+    moved = at(origin - LARGEST_MOVE / math.sqrt(len(free)) * lengths.cpu() * widths)
+    return moved, torch.tensor([one.step_size for one in aside], dtype=torch.float64), values
+
+
+def check_free(free: Sequence[str]) -> None:
+    """Raises ValueError unless `free` names some of what can be chosen, each once."""
+    if isinstance(free, str) or not free or not {*free} <= {*WIDTHS} or len({*free}) < len(free):
+        raise ValueError(f"free={free!r} must name some of {', '.join(WIDTHS)}, each once")
 
 
 def builder(config: Config) -> Callable[[tuple[int, int, int]], TunedShortRun]:
