@@ -9,7 +9,7 @@ import srlib
 from srlib.baselines.tuned_short_run import FIRST_MOMENTUM, TunedShortRun, descend_variant
 from srlib.experiment import Config
 from srlib.learning import ShortRun
-from srlib.training import TrainingPlan
+from srlib.training import TrainingPlan, resume_file
 from srlib.variants import Variant, choose_variant, run_variant, variant_objective
 
 PLAN = TrainingPlan(6, 8, (1e-3,))
@@ -66,15 +66,40 @@ def test_descent_arrives_where_the_simplex_does():
     assert last < objective(best) + 0.3
 
 
-@pytest.mark.parametrize("free", [[], "step_size", ["friction"], ["heat", "heat"]])
+@pytest.mark.parametrize("free", [[], "step_size", ["friction"], ["heat", "heat"], 5, [["heat"]], {"heat"}])
 def test_what_cannot_be_chosen_is_named(free):
     posterior = srlib.Posterior(generator(), torch.zeros(2, 1, 10, 10), 0.3)
     with pytest.raises(ValueError, match="free=.*must name some of step_size, ratio, momentum, heat, power, each once"):
         descend_variant(posterior, Variant(1e-3), free, 2)
 
 
+def test_a_search_that_can_tell_nothing_is_an_error():
+    posterior = srlib.Posterior(generator(), torch.zeros(2, 1, 10, 10), 0.3)
+    with pytest.raises(ValueError, match="give at least 2"):
+        descend_variant(posterior[:1], Variant(1e-3), ["heat"], 2)
+    with pytest.raises(srlib.DivergenceError, match="all chains on either side of Variant.step_size=1000000"):
+        descend_variant(posterior, Variant(1e6), ["heat"], 60)
+
+
+def test_a_training_with_other_free_numbers_is_another_training(images, tmp_path):
+    TunedShortRun(generator(), 4, free=["step_size"], every=2).fit(images, PLAN, seeded(1), tmp_path, progress=False)
+    assert resume_file(tmp_path).exists()
+    with pytest.raises(ValueError, match="belongs to another training, its settings differ"):
+        TunedShortRun(generator(), 4, free=["heat"], every=2).fit(images, PLAN, seeded(1), tmp_path, progress=False)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [({"n_steps": 1}, "leave ratio out"), ({"step_size": torch.full((4, 1, 1), 1e-3)}, "step_size=tensor")],
+)
+def test_what_a_variant_cannot_be_is_refused(given, message):
+    with pytest.raises(ValueError, match=message):
+        TunedShortRun(generator(), **given)
+    assert TunedShortRun(generator(), 1, free=["step_size", "heat"]).n_steps == 1
+
+
 def test_before_line_5_it_learns_as_the_short_run(images):
-    """The same random numbers, weights and chains, to rounding; what line 5 does is compared in test_variants."""
+    """The same random numbers, weights and chains, to rounding."""
     tuned = TunedShortRun(generator(), 4, sigma_start=0.3, free=["step_size"], every=6)
     plain = ShortRun(generator(), 4, sigma_start=0.3)
     losses = [system.fit(images, PLAN, seeded(1), progress=False)["loss"] for system in (tuned, plain)]
@@ -134,6 +159,7 @@ def test_a_divergence_is_an_error_that_names_the_step_size(images):
         ({"step_size_share": "step"}, "step_size_share='step'"),
         ({"options": {"friction": 1}}, "tuned_short_run has no 'friction'"),
         ({"options": {"free": ["friction"]}}, "free=.*friction"),
+        ({"options": {"free": 5}}, "free=5 must name some"),
         ({"search_images": 1}, "n_images=1"),
     ],
 )

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from .. import distributed
-from ..generators import Generator, check_whole, given_or_fresh, randn_like
+from ..generators import Generator, check_positive, check_whole, given_or_fresh, randn_like
 from ..inner_loop import Precision, accelerated
 from ..langevin import DIVERGED_RMS, DivergenceError
 from ..learning import ShortRun
@@ -45,8 +45,10 @@ class TunedShortRun(ShortRun):
 
     Parameters
     ----------
-    free : the numbers that are learned, of those of `Variant`; the others stay where there is nothing but one step size.
-    n_images : images of the batch that the objective is measured on; a smaller batch is gone through again.
+    step_size : s at the start and at the final sigma, a number.
+    free : the numbers that are learned, of those of `Variant`; the others stay where there is nothing but one step size. The ratio
+        needs at least two steps.
+    n_images : images of the batch that the objective is measured on, at least 2; a smaller batch is gone through again.
 
     The history has, for each update of the numbers, chosen_ratio, chosen_momentum, chosen_heat and chosen_power besides.
     """
@@ -67,12 +69,16 @@ class TunedShortRun(ShortRun):
         precision: Precision = "full",
         compile: bool = False,
     ) -> None:
+        check_positive("step_size", step_size)
         super().__init__(
             generator, n_steps, step_size, sigma, sigma_start, anneal_fraction, self._move, every, precision, compile
         )
         check_free(free)
         check_whole("n_images", n_images, 2)  # two tell whether they agree
+        if n_steps == 1 and "ratio" in free:
+            raise ValueError("free has 'ratio', but a chain of n_steps=1 has one step size; leave ratio out")
         self.free, self.n_images = tuple(free), n_images
+        self.learned = ", ".join(free)  # as text it is one of the settings by which a training that goes on is known
         first = Variant(1.0, momentum=FIRST_MOMENTUM if "momentum" in free else 0.0)
         others = [getattr(first, name) for name in self.OTHERS]
         self.register_buffer("others", torch.tensor(others, dtype=torch.float64))
@@ -107,7 +113,7 @@ class TunedShortRun(ShortRun):
         precision = mean_precision(few, self._chain(few, s, rng=rng))
         self.latent_precision.copy_(precision / precision.log().mean().exp())
         moved, tried, values = descend_variant(few, self.variant(s), self.free, n_steps, self.latent_precision, rng)
-        self.others.copy_(torch.tensor([getattr(moved, name) for name in self.OTHERS]))
+        self.others.copy_(torch.tensor([getattr(moved, name) for name in self.OTHERS], dtype=torch.float64))
         distributed.agree([self.others, self.latent_precision])
         return StepSizeResult(torch.tensor(moved.step_size, dtype=torch.float64), tried, values)
 
@@ -130,11 +136,15 @@ def descend_variant(
     from `rng`, and the step along one of F numbers is mean(slope) / rms(slope) of LARGEST_MOVE / sqrt(F) widths, the moments over
     the images of `posterior`.
 
+    The coordinate of the momentum is even: from 0 it cannot move, and a step that would pass 0 turns there.
+
     Returns the moved variant; the s of those tried on either side, [2 F]; and their objectives, [2 F, n], inf where chains diverged.
-    Raises ValueError for arguments that do not fit.
+    Raises ValueError for arguments that do not fit, fewer than 2 images among them, and DivergenceError where all chains diverge.
     """
     check_free(free)
     check_whole("n_steps", n_steps)
+    if len(posterior) < 2:
+        raise ValueError("a slope's length is judged by images that agree or do not; give at least 2")
     rng = given_or_fresh(rng)
     e = posterior.generator.sample_prior(len(posterior), rng)
     numbers = {"initial": e, "noise": torch.stack([randn_like(e, rng) for _ in range(n_steps)])}
@@ -146,6 +156,10 @@ def descend_variant(
 
     aside = [at(origin + sign * row) for row in widths.diag() for sign in (-1, 1)]
     values = torch.stack([variant_objective(posterior, one, n_steps, precision, **numbers) for one in aside])
+    if not values.isfinite().any():
+        raise DivergenceError(
+            f"all chains on either side of {variant} diverge; start from a smaller step size", variant.step_size
+        )
     below, above = values.nan_to_num(posinf=LARGEST).unflatten(0, (-1, 2)).unbind(1)
     slopes = above - below  # in widths; a step does not depend on their unit
     lengths = slopes.mean(1) / slopes.square().mean(1).sqrt().clamp_min(torch.finfo(slopes.dtype).tiny)
@@ -155,19 +169,20 @@ def descend_variant(
 
 def check_free(free: Sequence[str]) -> None:
     """Raises ValueError unless `free` names some of what can be chosen, each once."""
-    if isinstance(free, str) or not free or not {*free} <= {*WIDTHS} or len({*free}) < len(free):
+    known = isinstance(free, list | tuple) and all(isinstance(name, str) and name in WIDTHS for name in free)
+    if not known or not free or len({*free}) < len(free):
         raise ValueError(f"free={free!r} must name some of {', '.join(WIDTHS)}, each once")
 
 
 def builder(config: Config) -> Callable[[tuple[int, int, int]], TunedShortRun]:
     """Image shape -> the untrained system. Raises ValueError for entries of `config` that do not fit this system.
 
-    K, s, sigma, its annealing, `every` and `search_images` are the configuration's own entries. options: free.
+    K, s, sigma, its annealing, `every`, `search_images`, precision and compile are the configuration's own entries. options: free.
     """
     options = checked_options(config, {"free": tuple(WIDTHS)})
     for name, only in (("step_size_search", "descent"), ("estimator", "linear_noise"), ("step_size_share", "all")):
         if (given := getattr(config, name)) != only:
-            raise ValueError(f"{name}={given!r}: this system has its own descent, by {only!r} alone")
+            raise ValueError(f"{name}={given!r}: {config.system} is made for {name}={only!r} alone; give that")
 
     def build(image_shape: tuple[int, int, int]) -> TunedShortRun:
         return TunedShortRun(
