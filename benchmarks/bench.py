@@ -3,8 +3,8 @@
     python benchmarks/bench.py [--only PART ...] [--rounds N] [--tiny]
 
 Each part writes benchmarks/measured/PART.json as soon as it has ended, sealed, with date, machine and what else it did; a part that
-fails leaves the others, and its own last result, as they are. --rounds makes the contest of the inner loop longer, for a noisy machine:
-an interval for a median gets narrower as the root of the rounds. --tiny shows in seconds that everything runs, and writes to
+fails leaves the others, and its own last result, as they are. --rounds makes the contests of inner_loop and compile longer, for a noisy machine
+(their intervals take the rounds for independent, which they are not where the machine is slow for minutes). --tiny shows in seconds that everything runs, and writes to
 benchmarks/results/, which git ignores. The page book/benchmarks.md draws what is there.
 """
 
@@ -54,16 +54,15 @@ def run(names: Iterable[str], sizes: Sizes, folder: Path) -> list[str]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="+", choices=PARTS, default=list(PARTS), metavar="PART", help=", ".join(PARTS))
-    parser.add_argument(
-        "--rounds", type=int, default=FULL.contest_rounds, metavar="N", help="of the contest, %(default)s"
-    )
+    parser.add_argument("--rounds", type=int, metavar="N", help=f"of the contests, {FULL.contest_rounds}")
     parser.add_argument("--tiny", action="store_true")
     given = parser.parse_args()
     folder = HERE / ("results/tiny" if given.tiny else "measured")
-    if given.rounds < 1:
-        parser.error(f"--rounds {given.rounds}: there must be at least 1")
-    longer = given.rounds / FULL.contest_rounds
-    full = replace(FULL, contest_rounds=given.rounds, contest_budget=FULL.contest_budget * longer)
+    if given.rounds is not None and (given.rounds < 6 or given.tiny):
+        parser.error(f"--rounds {given.rounds}: an interval takes at least 6, and --tiny has its own")
+    rounds = given.rounds or FULL.contest_rounds
+    budget = FULL.contest_budget * rounds / FULL.contest_rounds
+    full = replace(FULL, contest_rounds=rounds, contest_budget=budget)
     if failed := run(given.only, TINY if given.tiny else full, folder):
         sys.exit(f"failed: {', '.join(failed)}")
 

@@ -48,6 +48,7 @@ class Claim:
     runs : names of runs with {fields}; cases : field -> values, all combinations of which are looked at; a field that is in no
         name is an option
     foreseen : written before any of the runs that it judges had been made
+    changed : what changed, if something did, after a run of the profile `confirmation` had been made that it judges
     chapter : where the book looks at it more closely
     """
 
@@ -63,12 +64,15 @@ class Claim:
     cases: Mapping[str, Sequence[Any]] | None = None
     whose: str = "paper"
     foreseen: bool = False
+    changed: str = ""
 
     def __post_init__(self) -> None:
         if self.whose not in WHOSE:
             raise ValueError(f"claim {self.name}: whose={self.whose!r} must be one of {', '.join(WHOSE)}")
         if not isinstance(self.foreseen, bool):
             raise ValueError(f"claim {self.name}: foreseen={self.foreseen!r} must be true or false")
+        if not isinstance(self.changed, str):
+            raise ValueError(f"claim {self.name}: changed={self.changed!r} must be text")
         if self.quantity not in QUANTITIES:
             raise ValueError(
                 f"claim {self.name}: quantity={self.quantity!r} is unknown; there are: {', '.join(QUANTITIES)}"

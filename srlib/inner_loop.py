@@ -44,8 +44,8 @@ def _worth(processor: str) -> tuple[float, float]:
     """Frequencies take the place of a convolution with at least so many times their multiplications: in float32, in bfloat16.
 
     With fewer, the memory that they go through costs what they save (benchmarks/bench.py). On AMD's processors torch's float32
-    matrix products run at half the speed of its convolutions, its products in bfloat16 do not; with AMX the convolutions
-    in bfloat16 are the faster.
+    matrix products run at half the speed of its convolutions, its products in bfloat16 do not; with AMX frequencies
+    gain nothing in bfloat16.
     """
     return math.inf if "AuthenticAMD" in processor else 3.0, math.inf if "amx_bf16" in processor else 3.0
 

@@ -33,9 +33,9 @@ class Variant:
     """A short run, described by at most five numbers.
 
     step_size : s, the geometric mean of the s_k.
-    ratio : s_0 / s_{K-1}; the s_k have a constant ratio.
+    ratio : s_0 / s_{K-1}; the s_k have a constant ratio. It is meant for K of at least 2.
     momentum : a in [0, 1), what a step keeps of the velocity; 0 for Langevin dynamics.
-    heat : sigma_0 / sigma; sigma_k goes down with a constant ratio to sigma_{K-1} = sigma.
+    heat : sigma_0 / sigma; sigma_k goes with a constant ratio to sigma_{K-1} = sigma, down where heat > 1.
     power : latent i has s_k precision_i^-power; `precision` is needed where it is not 0.
 
     Raises ValueError for a momentum outside [0, 1), and other numbers that are not positive and finite (power: finite).
