@@ -166,6 +166,15 @@ def test_a_part_that_fails_leaves_the_others_and_its_last_result(tmp_path, in_th
     assert checkpoints.read_json(tmp_path / "whole.json")["results"] == {"value": 1}
 
 
+@pytest.mark.parametrize("given", [["--rounds", "5"], ["--rounds", "7", "--tiny"]])
+def test_rounds_that_give_no_interval_measure_nothing(given, monkeypatch, capsys):
+    monkeypatch.setattr(bench, "run", lambda *_: pytest.fail("something was measured"))
+    monkeypatch.setattr(sys, "argv", ["bench.py", *given])
+    with pytest.raises(SystemExit):
+        bench.main()
+    assert f"--rounds {given[1]}: an interval takes at least 6" in capsys.readouterr().err
+
+
 def test_a_measurement_that_does_not_end_is_stopped():
     with pytest.raises(TimeoutError, match=r"sleep took more than 0\.05 seconds"):
         measuring.in_child(time.sleep, 60, limit=0.05)
