@@ -27,7 +27,7 @@ WITH_SEEDS := $(if $(SEEDS),--seeds '$(SEEDS)')
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 	@echo
-	@echo "PROFILE=quick|digits|reference|paper|confirmation  which runs (run-all: quick; book, serve: digits)"
+	@echo "PROFILE=quick|digits|reference|paper|confirmation|confirmation-reference  which runs (run-all: quick; book, serve: digits)"
 	@echo "JOBS=N  runs at a time (default: the cores)      SEEDS=0,1,2  instead of the seeds in the run matrix"
 	@echo 'ONLY="NAME ..."  these runs and chapters alone, as named in papermill_runs/PROFILE.yaml (bench: these parts)'
 	@echo 'LAUNCH="srun --gres=gpu:1"  put before each run  SRLIB_DATA=DIR  where the images are   PYTHON=python3.12'

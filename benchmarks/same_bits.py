@@ -5,8 +5,8 @@
 A run is out of date as soon as a line of code has changed that it can reach, be it only that of an error message. This program
 trains each row of the `digits` matrix that has a finished run for a few updates with both sources, scores it, and compares
 weights, histories and scores bit for bit. The finished runs of all systems that agree are marked as current; their metrics
-keep, as "same_bits", which sources they were trained with and what was compared. So are those of the matrices `reference` and
-`confirmation`, by the same evidence: they are of the same systems, on other images or with other seeds. What agreed stands in same_bits.json: with
+keep, as "same_bits", which sources they were trained with and what was compared. So are those of the matrices `reference`,
+`confirmation` and `confirmation-reference`, by the same evidence: they are of the same systems, on other images or with other seeds. What agreed stands in same_bits.json: with
 unchanged sources the program can be called again, to mark further finished runs of the rows that were compared.
 """
 
@@ -135,7 +135,9 @@ def main(commit: str) -> int:
     sys.path.insert(0, str(ROOT / "papermill_runs"))
     import pipeline  # not in the processes of `train`, whose sources may be others
 
-    profiles = [pipeline.load_profile(name) for name in ("digits", "reference", "confirmation")]
+    profiles = [
+        pipeline.load_profile(name) for name in ("digits", "reference", "confirmation", "confirmation-reference")
+    ]
     name = _git("rev-parse", commit)
     same = compared(name, [job.config for job in profiles[0].runs if job.output.with_name("metrics.json").exists()])
     for system in experiment.SYSTEMS:

@@ -7,9 +7,9 @@
     pipeline.py book PROFILE                                               the book, from the results as they are
 
 A job is a training run (papermill_runs/train.md with a configuration) or a chapter (book/NAME.md). Its key is a hash of all
-it depends on: notebook, parameters, the srlib modules that its code reaches, the tables beside it and the measurements that its code
+it depends on: the code of its notebook, parameters, the srlib modules that its code reaches, the tables beside it and the measurements that its code
 names, and the results of the runs that it reads. A result whose key is unchanged is kept, so an interrupted call goes on and a change
-repeats just what depends on it.
+repeats just what depends on it. Text and captions need no execution: the book has them as they are in the notebook today.
 """
 
 from __future__ import annotations
@@ -202,23 +202,33 @@ def _read_matrix(root: Path, name: Any) -> tuple[Path, dict[str, Any]]:
 
 
 def _with_rows_of_another(path: Path, matrix: dict[str, Any], root: Path, seeds: list[int] | None) -> dict[str, Any]:
-    """The matrix with the rows that it takes from another profile, runs_of: {profile, names, seeds}, for seeds that are new there."""
+    """The matrix with the rows that it takes from another profile, for seeds that are new there.
+
+    runs_of: {profile, rows}, where `rows` is a list of {names, seeds}.
+    """
     taken = _entry(path, matrix, "runs_of", {}, dict)
-    _check_mapping(path, taken, {"profile", "names", "seeds"})
-    names, own_seeds = (_entry(path, taken, entry, [], list) for entry in ("names", "seeds"))
-    if not names or not own_seeds or {"runs", "defaults"} & matrix.keys():
-        raise PipelineError(f"{path}: runs_of must give profile, names and seeds, and stands without runs and defaults")
+    _check_mapping(path, taken, {"profile", "rows"})
     where, other = _read_matrix(root, taken.get("profile"))
-    rows = {row["name"]: row for row in other.get("runs", []) if isinstance(row, dict) and "name" in row}
-    if unknown := [name for name in names if name not in [*rows]]:
-        raise PipelineError(f"{path}: runs_of names {unknown[0]!r}; the rows of {where.stem} are {', '.join(rows)}")
-    seeds = own_seeds if seeds is None else seeds
-    for name in names:
-        if known := [seed for seed in seeds if seed in rows[name].get("seeds", [0])]:
+    there = {row["name"]: row for row in other.get("runs", []) if isinstance(row, dict) and "name" in row}
+    runs = []
+    for given in _entry(path, taken, "rows", [], list):
+        _check_mapping(path, given, {"names", "seeds"})
+        names, own_seeds = (_entry(path, given, entry, [], list) for entry in ("names", "seeds"))
+        if not names or not own_seeds:
+            raise PipelineError(f"{path}: runs_of: {given} must give names and seeds")
+        if unknown := [name for name in names if name not in [*there]]:
             raise PipelineError(
-                f"{path}: {where.stem} trains {name} with seed {known[0]} already; give seeds that are new"
+                f"{path}: runs_of names {unknown[0]!r}; the rows of {where.stem} are {', '.join(there)}"
             )
-    return matrix | {"defaults": other.get("defaults"), "runs": [rows[name] | {"seeds": own_seeds} for name in names]}
+        for name in names:
+            if known := [seed for seed in (seeds or own_seeds) if seed in there[name].get("seeds", [0])]:
+                raise PipelineError(
+                    f"{path}: {where.stem} trains {name} with seed {known[0]} already; give seeds that are new"
+                )
+            runs.append(there[name] | {"seeds": own_seeds})
+    if not runs or {"runs", "defaults"} & matrix.keys():
+        raise PipelineError(f"{path}: runs_of must give a profile and rows of it, and stands without runs and defaults")
+    return matrix | {"defaults": other.get("defaults"), "runs": runs}
 
 
 def _needs(path: Path, chapter: dict[str, Any]) -> list[str]:
@@ -271,8 +281,7 @@ def _entry(path: Path, row: dict[str, Any], name: str, default: Any, kind: type 
 
 def key(job: Job, profile: Profile) -> str:
     """The hash of everything that the job's result depends on."""
-    text = job.notebook.read_text()
-    cells = code_cells(text)
+    cells = code_cells(job.notebook.read_text())
     read = [profile.jobs[run] for run in job.needs if not absence(profile.jobs[run])]
     # which system a notebook builds is said by its configuration, or by those of the runs that it reads, not by its text
     systems = frozenset(run.config.system for run in (job, *read) if run.config is not None)
@@ -300,7 +309,7 @@ def key(job: Job, profile: Profile) -> str:
     quoted = {path: (f'"{path.name}"', f'"{path.stem.split("-")[0]}-*{path.suffix}"') for path in tables}
     tables = [path for path in tables if any(name in cell for name in quoted[path] for cell in cells)]
     parts = [
-        text,
+        *cells,
         json.dumps(job.parameters, sort_keys=True),
         provenance.source_hash(modules_reached(cells, systems)),
         *results,
@@ -821,7 +830,7 @@ def _build_book(
     executed = [job for job in profile.chapters if job in made]
     for job in executed:
         (source / f"{job.name}.md").unlink()
-        notebook = nbformat.read(job.output, as_version=4)
+        notebook = with_todays_text(nbformat.read(job.output, as_version=4), jupytext.read(job.notebook))
         if links.get(job.name):
             told = f"These are the runs of the profile `{profile.name}`. The same chapter for {' and '.join(links[job.name])}."
             notebook.cells.insert(1, nbformat.v4.new_markdown_cell(f"```{{seealso}}\n{told}\n```"))
@@ -836,7 +845,8 @@ def _build_book(
     (source / "runs").mkdir()
     shown = [job for job in profile.runs if job in made]
     for job in shown:
-        nbformat.write(with_title(nbformat.read(job.output, as_version=4)), source / "runs" / f"{job.name}.ipynb")
+        notebook = with_todays_text(nbformat.read(job.output, as_version=4), jupytext.read(job.notebook))
+        nbformat.write(with_title(notebook), source / "runs" / f"{job.name}.ipynb")
     (source / "runs.md").write_text(runs_page(profile, within))
     if within:
         config = yaml.safe_load((source / "_config.yml").read_text())
@@ -882,6 +892,19 @@ def verify(job: Job) -> None:
         metrics, path = experiment.verified_metrics(job.output.parent), job.output.with_name("config.yaml")
         if path.exists() and path.read_text() != yaml.safe_dump(metrics.get("config"), sort_keys=False):
             raise PipelineError(f"{path} is not the configuration that the run was trained with")
+
+
+def with_todays_text(executed: nbformat.NotebookNode, today: nbformat.NotebookNode) -> nbformat.NotebookNode:
+    """What was executed, with text, captions and tags of the notebook as it is today; as it was where its code is another one."""
+    ran, written = ([cell for cell in book.cells if cell.cell_type == "code"] for book in (executed, today))
+    parameters = ["parameters" in cell.metadata.get("tags", []) for cell in written]
+    sources = [[cell.source for cell, given in zip(cells, parameters) if not given] for cells in (ran, written)]
+    if len(ran) != len(written) or sources[0] != sources[1]:
+        return executed
+    for cell, done in zip(written, ran):
+        cell.source, cell.outputs, cell.execution_count = done.source, done.outputs, done.execution_count
+    today.metadata = executed.metadata
+    return today
 
 
 def with_title(notebook: nbformat.NotebookNode) -> nbformat.NotebookNode:

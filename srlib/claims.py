@@ -48,7 +48,7 @@ class Claim:
     runs : names of runs with {fields}; cases : field -> values, all combinations of which are looked at; a field that is in no
         name is an option
     foreseen : written before any of the runs that it judges had been made
-    changed : what changed, if something did, after a run of the profile `confirmation` had been made that it judges
+    changed : profile -> what changed here after a run that it judges had been made in that profile, whose runs were to come after
     chapter : where the book looks at it more closely
     """
 
@@ -64,15 +64,15 @@ class Claim:
     cases: Mapping[str, Sequence[Any]] | None = None
     whose: str = "paper"
     foreseen: bool = False
-    changed: str = ""
+    changed: Mapping[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.whose not in WHOSE:
             raise ValueError(f"claim {self.name}: whose={self.whose!r} must be one of {', '.join(WHOSE)}")
         if not isinstance(self.foreseen, bool):
             raise ValueError(f"claim {self.name}: foreseen={self.foreseen!r} must be true or false")
-        if not isinstance(self.changed, str):
-            raise ValueError(f"claim {self.name}: changed={self.changed!r} must be text")
+        if not isinstance(self.changed, dict) or any(not isinstance(text, str) for text in self.changed.values()):
+            raise ValueError(f"claim {self.name}: changed={self.changed!r} must say of a profile what changed")
         if self.quantity not in QUANTITIES:
             raise ValueError(
                 f"claim {self.name}: quantity={self.quantity!r} is unknown; there are: {', '.join(QUANTITIES)}"

@@ -617,7 +617,7 @@ def test_what_is_called_foreseen_stood_in_the_ledger_before_its_runs(blind):
     if not committed("log", "-1", "--format=%H") or committed("rev-parse", "--is-shallow-repository") == ["true"]:
         pytest.skip("this copy has no history")
     rows = [entry for entry in claims.load_claims(ROOT / ledger) if entry.foreseen or blind]
-    profiles = ("confirmation",) if blind else ("digits", "reference")
+    profiles = ("confirmation", "confirmation-reference") if blind else ("digits", "reference")
     unsaid = {"above": -math.inf, "below": math.inf, "options": None} | ({} if blind else {"cases": None})
     since = {}  # name -> when today's entry began to stand there, and the commit
     for line in committed("log", "--reverse", "--format=%ct %H", "--", ledger):

@@ -69,6 +69,11 @@ def write_matrix(root, matrix, name="quick"):
     (root / "papermill_runs" / f"{name}.yaml").write_text(yaml.safe_dump(matrix))
 
 
+def code_cell(code):
+    """The text that gives a notebook one more."""
+    return f"\n```{{code-cell}} ipython3\n{code}\n```\n"
+
+
 def execute_all(root):
     """Execute what is not up to date, in this process; returns the names."""
     profile, executed = pipeline.load_profile("quick", root=root), []
@@ -85,6 +90,8 @@ def test_a_change_repeats_just_what_depends_on_it(project, without_kernels):
     assert execute_all(root) == []
     path = root / "book" / "alone.md"
     path.write_text(path.read_text() + "\nMore prose.\n")
+    assert execute_all(root) == []
+    path.write_text(path.read_text() + code_cell("1 + 1"))
     assert execute_all(root) == ["alone"]
     matrix["runs"][0]["n_updates"] = 4
     write_matrix(root, matrix)
@@ -149,7 +156,7 @@ def test_a_finished_training_is_only_shown_again_when_its_notebook_changes(proje
     pipeline.execute(profile.jobs["tiny-seed0"], profile)
     kept = root / "papermill_runs/quick/tiny-seed0/kept"
     kept.touch()
-    path.write_text(path.read_text() + "\nMore prose.\n")
+    path.write_text(path.read_text() + code_cell("1 + 1"))
     assert not pipeline.up_to_date(profile.jobs["tiny-seed0"], profile)
     pipeline.execute(profile.jobs["tiny-seed0"], profile)
     assert kept.exists()
@@ -212,7 +219,13 @@ def test_the_book_tells_which_results_are_of_older_sources(project, without_kern
     (root / "book" / "_toc.yml").write_text("parts: []")
     monkeypatch.setattr(pipeline.subprocess, "run", lambda *_, **__: subprocess.CompletedProcess([], 1, "", ""))
     execute_all(root)
-    for change, row, told in [("", "| current |", False), ("\nMore prose.\n", "| **changed since** |", True)]:
+    changes = [
+        ("", "| current |", False),
+        ("\nMore prose.\n", "| current |", False),
+        (code_cell("1 + 1"), "| **changed since** |", True),
+        ("\nProse on that.\n", "| **changed since** |", True),
+    ]
+    for change, row, told in changes:
         path = root / "book" / "alone.md"
         path.write_text(path.read_text() + change)
         profile = pipeline.load_profile("quick", root=root)
@@ -221,6 +234,27 @@ def test_the_book_tells_which_results_are_of_older_sources(project, without_kern
         assert ("made from older sources: alone;" in capsys.readouterr().out) == told
         page = (root / "book/_build/quick/source/runs.md").read_text()
         assert next(line for line in page.splitlines() if "{doc}`alone`" in line).endswith(row)
+        shown = (root / "book/_build/quick/source/alone.ipynb").read_text()
+        # text as it is today, beside what was executed, as long as the code is the same
+        assert ("More prose." in shown) == (change == "\nMore prose.\n") and "Prose on that" not in shown
+        assert "profile = 'quick'" in shown and "1 + 1" not in shown
+
+
+def test_text_of_today_stands_beside_what_was_executed(project):
+    root, _ = project
+    text = (root / "book" / "alone.md").read_text()
+    executed = pipeline.jupytext.reads(text, "md:myst")
+    parameters, code = (cell for cell in executed.cells if cell.cell_type == "code")
+    parameters.source = 'profile = "digits"'
+    code.outputs, code.execution_count = [nbformat.v4.new_output("stream", text="digits")], 2
+    tagged = text.replace("{code-cell} ipython3\nprint", "{code-cell} ipython3\n:tags: [hide-input]\n\nprint")
+    assert tagged != text
+    shown = pipeline.with_todays_text(executed, pipeline.jupytext.reads(tagged + "\nProse.\n", "md:myst"))
+    assert [cell.source for cell in shown.cells] == ["# alone", 'profile = "digits"', "print(profile)", "Prose."]
+    assert shown.cells[2].outputs == code.outputs and shown.cells[2].execution_count == 2
+    assert shown.cells[2].metadata.tags == ["hide-input"] and shown.metadata == executed.metadata
+    for other in (text.replace("print(profile)", "print(1)"), text + code_cell("1 + 1")):
+        assert pipeline.with_todays_text(executed, pipeline.jupytext.reads(other, "md:myst")) is executed
 
 
 def test_a_run_without_data_waits_for_it_and_its_reason_names_no_folder_of_this_machine(project, monkeypatch, tmp_path):
@@ -571,20 +605,34 @@ def test_the_book_of_a_companion_lies_within_and_both_lead_to_each_other(project
 
 def test_a_profile_takes_rows_of_another_with_other_seeds(project):
     root, matrix = project
-    taken = {"profile": "quick", "names": [matrix["runs"][0]["name"]], "seeds": [7]}
+    rows = {"names": [matrix["runs"][0]["name"]], "seeds": [7]}
+    taken = {"profile": "quick", "rows": [rows]}
     write_matrix(root, {"label": "again", "runs_of": taken}, "again")
     (job,) = pipeline.load_profile("again", root=root).runs
     first = pipeline.load_profile("quick", root=root).runs[0].config
     assert job.config == dataclasses.replace(first, seed=7)
     assert job.output.parent == root / "papermill_runs" / "again" / f"{first.name}-seed7"
     wrong = [
-        ({"runs_of": taken | {"names": ["else"]}}, r"again\.yaml: runs_of names 'else'; the rows of quick are tiny"),
-        ({"runs_of": taken | {"names": [["tiny"]]}}, r"runs_of names \['tiny'\]"),
-        ({"runs_of": taken | {"names": []}}, "runs_of must give profile, names and seeds"),
+        (
+            {"runs_of": taken | {"rows": [rows | {"names": ["else"]}]}},
+            r"again\.yaml: runs_of names 'else'; the rows of quick are tiny",
+        ),
+        ({"runs_of": taken | {"rows": [rows | {"names": [["tiny"]]}]}}, r"runs_of names \['tiny'\]"),
+        (
+            {"runs_of": taken | {"rows": [rows | {"names": []}]}},
+            r"runs_of: \{'names': \[\], .* must give names and seeds",
+        ),
+        ({"runs_of": taken | {"rows": [rows | {"seeds": []}]}}, "must give names and seeds"),
+        ({"runs_of": taken | {"rows": []}}, "runs_of must give a profile and rows of it"),
+        ({"runs_of": taken | {"rows": [rows | {"name": "a"}]}}, "unknown entry name"),
+        ({"runs_of": taken | {"rows": [rows] * 2}}, "two runs are named 'tiny-seed7'"),
         ({"runs_of": taken, "defaults": {"n_updates": 7}}, "stands without runs and defaults"),
         ({"runs_of": taken | {"profile": "../quick"}}, r"unknown profile '\.\./quick'; there are: again, quick"),
         ({"runs_of": taken | {"profile": "again"}}, "the rows of again are"),
-        ({"runs_of": taken | {"seeds": [0]}}, "quick trains tiny with seed 0 already; give seeds that are new"),
+        (
+            {"runs_of": taken | {"rows": [rows | {"seeds": [0]}]}},
+            "quick trains tiny with seed 0 already; give seeds that are new",
+        ),
         ({"companions": {"else": "what"}, **matrix}, "unknown profile 'else'"),
         ({"companions": {"quick": 3}, **matrix}, "companions must name other profiles and say what they hold"),
         ({**matrix, "chapters": [{"notebook": "reader", "needs": [{"a": 1}]}]}, r"needs: \{'a': 1\} must be the name"),
@@ -602,7 +650,7 @@ def test_a_profile_takes_rows_of_another_with_other_seeds(project):
 
 def test_a_chapter_on_rows_of_another_profile_depends_on_what_they_gave_there(project):
     root, _ = project
-    taken = {"profile": "quick", "names": ["tiny"], "seeds": [7]}
+    taken = {"profile": "quick", "rows": [{"names": ["tiny"], "seeds": [7]}]}
     chapters = [{"notebook": "reader", "needs": ["tiny"]}]
     write_matrix(root, {"label": "again", "runs_of": taken, "chapters": chapters}, "again")
     here, there = (root / "papermill_runs" / name / "metrics.json" for name in ("again/tiny-seed7", "quick/tiny-seed0"))
@@ -708,17 +756,17 @@ def test_runs_whose_weights_are_not_here_are_trained_when_a_chapter_may_load_the
         model.unlink()
     assert "6 of 6 jobs are up to date, 0 to run" in run_all()[1]
     text = (root / "book" / "reader.md").read_text()
-    for prose, only, told, there in [
+    for more, only, told, there in [
         ("", ["--only", "unread"], ["unread-seed0"], ["unread-seed0"]),
         (
-            "\nProse.\n",
+            code_cell("1 + 1"),
             ["--only", "reader"],
             ["tiny-seed0", "shared-seed0"],
             ["tiny-seed0", "shared-seed0", "unread-seed0"],
         ),
-        ("\nMore prose.\n", [], [], ["tiny-seed0", "shared-seed0", "unread-seed0"]),
+        (code_cell("1 + 2"), [], [], ["tiny-seed0", "shared-seed0", "unread-seed0"]),
     ]:
-        (root / "book" / "reader.md").write_text(text + prose)
+        (root / "book" / "reader.md").write_text(text + more)
         status, said = run_all(*only)
         assert status == 0, said
         assert ("trained again for their weights" in said) == bool(told)
