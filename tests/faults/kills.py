@@ -33,9 +33,10 @@ from srlib.data import load
 
 RANDOM = 20
 TINY = dict(latent_dims=[2, 3], channels=2, n_steps=2, n_updates=3, batch_size=8, n_samples=20, snapshots=[2])
-# what each system has beside its parameters: a searched step size, chains, codes, flags of the actnorms
+# what each system has beside its parameters: a searched step size, all numbers of a chain, chains, codes, flags of the actnorms
 OWN: dict[str, dict[str, Any]] = {
     "short_run": {"step_size_search": "grid", "every": 2, "search_images": 2},
+    "tuned_short_run": {"step_size_search": "descent", "every": 2, "search_images": 2},
     "abp": {},
     "glo": {"latent_dims": [5], "options": {"inference_steps": 2}},
     "glow": {"options": {"depth": 1, "n_levels": 1, "width": 4}},
