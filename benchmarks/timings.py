@@ -15,7 +15,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from srlib import provenance
+from srlib import checkpoints, provenance
 
 ROOT = Path(__file__).resolve().parent.parent
 COMMANDS = ("setup", "run-all", "test", "book")
@@ -32,7 +32,7 @@ def main() -> None:
             minutes[f"make {command}"] = round((time.monotonic() - started) / 60, 2)
     machine = {name: provenance.environment()[name] for name in ("processor", "cores")}
     record = {"machine": machine, "minutes": minutes}
-    (ROOT / "benchmarks/timings.json").write_text(json.dumps(record, indent=1) + "\n")
+    checkpoints.write_json(ROOT / "benchmarks/timings.json", record)
     print(json.dumps(record, indent=1))
 
 

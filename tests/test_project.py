@@ -13,6 +13,8 @@ import yaml
 from packaging.markers import Marker
 from packaging.requirements import Requirement
 
+from srlib import checkpoints
+
 try:
     import tomllib
 except ModuleNotFoundError:  # Python 3.10
@@ -117,7 +119,7 @@ def test_the_equations_a_module_implements_stand_at_its_top():
 
 def test_the_readme_gives_the_minutes_that_were_measured():
     """benchmarks/timings.py measures, and the committed results say what they took; the README rounds up."""
-    text, record = (ROOT / "README.md").read_text(), json.loads((ROOT / "benchmarks/timings.json").read_text())
+    text, record = (ROOT / "README.md").read_text(), checkpoints.read_json(ROOT / "benchmarks/timings.json")
     minutes = {name: math.ceil(value) for name, value in record["minutes"].items()}
     digits = ROOT / "papermill_runs/digits"
     results = [*digits.glob("*/job.json"), *(digits / "book").glob("*.json")]
