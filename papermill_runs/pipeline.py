@@ -897,9 +897,9 @@ def verify(job: Job) -> None:
 def with_todays_text(executed: nbformat.NotebookNode, today: nbformat.NotebookNode) -> nbformat.NotebookNode:
     """What was executed, with text, captions and tags of the notebook as it is today; as it was where its code is another one."""
     ran, written = ([cell for cell in book.cells if cell.cell_type == "code"] for book in (executed, today))
-    parameters = ["parameters" in cell.metadata.get("tags", []) for cell in written]
-    sources = [[cell.source for cell, given in zip(cells, parameters) if not given] for cells in (ran, written)]
-    if len(ran) != len(written) or sources[0] != sources[1]:
+    parameters = [["parameters" in cell.metadata.get("tags", []) for cell in cells] for cells in (ran, written)]
+    sources = [[c.source for c, given in zip(cells, parameters[1]) if not given] for cells in (ran, written)]
+    if parameters[0] != parameters[1] or sources[0] != sources[1]:
         return executed
     for cell, done in zip(written, ran):
         cell.source, cell.outputs, cell.execution_count = done.source, done.outputs, done.execution_count

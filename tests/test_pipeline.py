@@ -253,7 +253,8 @@ def test_text_of_today_stands_beside_what_was_executed(project):
     assert [cell.source for cell in shown.cells] == ["# alone", 'profile = "digits"', "print(profile)", "Prose."]
     assert shown.cells[2].outputs == code.outputs and shown.cells[2].execution_count == 2
     assert shown.cells[2].metadata.tags == ["hide-input"] and shown.metadata == executed.metadata
-    for other in (text.replace("print(profile)", "print(1)"), text + code_cell("1 + 1")):
+    retagged = tagged.replace("[hide-input]", "[parameters]").replace("print(profile)", "exit()")
+    for other in (text.replace("print(profile)", "print(1)"), text + code_cell("1 + 1"), retagged):
         assert pipeline.with_todays_text(executed, pipeline.jupytext.reads(other, "md:myst")) is executed
 
 
