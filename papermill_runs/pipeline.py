@@ -830,7 +830,9 @@ def _build_book(
     executed = [job for job in profile.chapters if job in made]
     for job in executed:
         (source / f"{job.name}.md").unlink()
-        notebook = with_todays_text(nbformat.read(job.output, as_version=4), jupytext.read(job.notebook))
+        notebook = nbformat.read(job.output, as_version=4)
+        if current(job, profile):  # today's text may speak of today's results
+            notebook = with_todays_text(notebook, jupytext.read(job.notebook))
         if links.get(job.name):
             told = f"These are the runs of the profile `{profile.name}`. The same chapter for {' and '.join(links[job.name])}."
             notebook.cells.insert(1, nbformat.v4.new_markdown_cell(f"```{{seealso}}\n{told}\n```"))
